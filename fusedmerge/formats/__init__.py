@@ -1,0 +1,1 @@
+"""Adapter files: PEFT and the layouts of LoRA-MoE projects."""
