@@ -56,6 +56,7 @@ class Adapter:
     name: str
     targets: Mapping[str, Factors]  # canonical weight name (see fusedmerge.weights) -> factors
     config: Mapping[str, Any] = field(default_factory=dict)
+    base_weights: Mapping[str, torch.Tensor] = field(default_factory=dict)  # base weights the file carries; must equal the base's bits
 
     @property
     def nbytes(self) -> int:
