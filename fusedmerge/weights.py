@@ -42,6 +42,8 @@ class Weight:
     tensor: torch.Tensor  # [out, in], or [in, out] where transposed
     transposed: bool | None  # True: Conv1D and embeddings; False: Linear; None: not known (a bare tensor)
     quantised: str = ""  # the quantisation's name, where the module shows one
+    owner: torch.nn.Module | None = None  # the module that holds it as parameter `attribute`
+    attribute: str = ""
 
 
 def collect(weights: Weights, operation: str) -> dict[str, Weight]:
@@ -84,7 +86,9 @@ def _module_weights(model: torch.nn.Module) -> Iterable[tuple[str, Weight]]:
             if tensor is None:
                 continue
             raw = f"{prefix}.{name}" if prefix else name
-            yield raw, Weight(canonical_name(raw), tensor, transposed if name == "weight" else None, _quantisation(tensor))
+            yield raw, Weight(
+                canonical_name(raw), tensor, transposed if name == "weight" else None, _quantisation(tensor), module, name
+            )
         for name in ("qweight", "weight_packed"):  # GPTQ, AWQ and compressed-tensors hold no plain weight at all
             tensor = getattr(module, name, None)
             if isinstance(tensor, torch.Tensor) and "weight" not in module._parameters:

@@ -1,0 +1,54 @@
+"""Which backends there are, which can be used here, and which one a device gets."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fusedmerge.errors import BackendError, InvalidValueError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["BackendStatus", "backends", "choose"]
+
+NAMES = ("cpu", "sim", "jit", "aot")
+_UNBUILT = "the CUDA kernels are not part of this version (see docs/status.md)"
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """Whether a backend can be used here, and with what, or why not. True if it can."""
+
+    usable: bool
+    reason: str
+
+    def __bool__(self) -> bool:
+        return self.usable
+
+
+def backends() -> dict[str, BackendStatus]:
+    """What is usable on this machine, and why not: {"cpu": ..., "sim": ..., "jit": ..., "aot": ...}."""
+    try:
+        import torch
+    except Exception as error:  # a broken install raises OSError and more
+        cpu = BackendStatus(False, f"torch cannot be imported: {error}")
+    else:
+        cpu = BackendStatus(True, f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    return {"cpu": cpu, **{name: BackendStatus(False, _UNBUILT) for name in NAMES[1:]}}
+
+
+def choose(device: torch.device, operation: str) -> str:
+    """The backend for tensors on `device`: FUSEDMERGE_BACKEND, or else the one made for it. Raises BackendError with the reason."""
+    name = os.environ.get("FUSEDMERGE_BACKEND") or {"cpu": "cpu", "cuda": "aot"}.get(device.type)
+    if name is None:
+        raise BackendError(operation, "device", "cpu or cuda", device)
+    if name not in NAMES:
+        raise InvalidValueError(operation, "FUSEDMERGE_BACKEND", f"one of {', '.join(NAMES)}", name)
+    status = backends()[name]
+    if not status:
+        raise BackendError(operation, f'backend "{name}" for {device}', "a usable backend", status.reason)
+    if name == "cpu" and device.type != "cpu":
+        raise BackendError(operation, 'backend "cpu"', "weights on the CPU", device)
+    return name

@@ -1,0 +1,99 @@
+"""A bank on disk, and random banks for benchmarks."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fusedmerge.errors import FormatError, InvalidValueError, MissingFileError, UnknownNameError
+from fusedmerge.formats.lora import Adapter, Factors
+from fusedmerge.staging import TargetSpec
+from fusedmerge.weights import Weights, canonical_name, collect
+
+if TYPE_CHECKING:
+    import torch
+
+    from fusedmerge.bank import AdapterBank
+
+__all__ = ["load_bank", "random_adapters", "save_bank"]
+
+FORMAT = "fusedmerge.bank.v1"
+
+
+def random_adapters(
+    weights: Weights, num_adapters: int, r: int, targets: Sequence[str] | None, delta: float, seed: int
+) -> list[Adapter]:
+    """Normal factors with |B A| / |W| of about `delta` on every target. Raises UnknownNameError for a target that is not there."""
+    import torch
+
+    if num_adapters < 1 or r < 1:
+        raise InvalidValueError("random", "num_adapters and r", "at least 1", f"{num_adapters} and {r}")
+    found = collect(weights, "random")
+    if targets is None:
+        bare = not isinstance(weights, torch.nn.Module)
+        chosen = [name for name, w in found.items() if w.tensor.dim() == 2 and (bare or w.transposed is False)]
+    else:
+        chosen = [canonical_name(name) for name in targets]
+    for name in chosen:
+        if name not in found:
+            raise UnknownNameError("random", "targets", "weights that the model has", name)
+    generator = torch.Generator().manual_seed(seed)
+    adapters: list[dict[str, Factors]] = [{} for _ in range(num_adapters)]
+    for name in chosen:
+        rows, cols = found[name].tensor.shape
+        norm = float(found[name].tensor.detach().float().norm()) if found[name].tensor.device.type != "meta" else (rows * cols) ** 0.5
+        for factors in adapters:
+            a = torch.randn(r, cols, generator=generator) * cols**-0.5
+            b = torch.randn(rows, r, generator=generator) * (delta * norm / (rows * r) ** 0.5)
+            factors[name] = Factors(a, b, 1.0) if not found[name].transposed else Factors(b.t(), a.t(), 1.0, True)
+    return [Adapter(f"random_{index}", factors) for index, factors in enumerate(adapters)]
+
+
+def save_bank(bank: AdapterBank, path: str | os.PathLike[str]) -> None:
+    """See `AdapterBank.save`."""
+    from safetensors.torch import save_file
+
+    header = {"slots": list(bank.slots), "cast_error": bank.cast_error, "targets": {}}
+    tensors = {}
+    for name in bank.targets:
+        target = bank.target(name)
+        header["targets"][name] = {"ranks": target.ranks, "transposed": target.spec.transposed}
+        for field in ("a", "b", "scaling"):
+            tensors[f"{name}.{field}"] = getattr(target, field)
+    final = Path(path)
+    partial = final.with_name(f".{final.name}.{os.getpid()}.partial")
+    try:
+        save_file(tensors, partial, metadata={"format": FORMAT, "bank": json.dumps(header)})
+        os.replace(partial, final)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_bank(cls: type[AdapterBank], path: str | os.PathLike[str], device: torch.device | str) -> AdapterBank:
+    """See `AdapterBank.load`. Raises MissingFileError, or FormatError for a file that `save` did not write whole."""
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    from fusedmerge.bank import BankTarget
+
+    if not Path(path).is_file():
+        raise MissingFileError("load", "path", "a bank file", str(path))
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise FormatError("load", str(path), f"format {FORMAT}", metadata.get("format"))
+            header = json.loads(metadata["bank"])
+            targets = {}
+            for name, entry in header["targets"].items():
+                a, b, scaling = (file.get_tensor(f"{name}.{field}") for field in ("a", "b", "scaling"))
+                spec = TargetSpec(name, (b.shape[1], a.shape[2]), a.dtype, torch.device(device), entry["transposed"])
+                targets[name] = BankTarget(spec, a, b, scaling, list(entry["ranks"]))
+            return cls(targets, header["slots"], header["cast_error"])
+    except (SafetensorError, KeyError, IndexError, ValueError) as error:
+        if isinstance(error, FormatError):
+            raise
+        raise FormatError("load", str(path), "a bank that save() wrote", error) from error

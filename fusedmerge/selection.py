@@ -1,0 +1,114 @@
+"""What a caller may pass as a mixture, and the one form it is turned into."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from fusedmerge.errors import DeviceError, DtypeError, InvalidTypeError, InvalidValueError, ShapeError
+
+if TYPE_CHECKING:
+    from fusedmerge.bank import AdapterBank
+
+__all__ = ["Mixture", "Named", "parse"]
+
+Mixture = tuple[tuple[int, float], ...]  # (slot, gate as a float32 value), gates other than 0, ascending slots: equal means equal
+Named = tuple[tuple[str, float], ...]  # (adapter, gate as given), in the order given
+
+
+def parse(bank: AdapterBank, adapters: Any, gates: Any, operation: str = "switch") -> tuple[Mixture, Named]:
+    """Read a mixture: {name: gate}, a name, names, or slot ids (numbers, array or 1-D tensor; -1 = empty) with gates (1.0 each if None).
+
+    Duplicates add; gates of 0 drop out. Raises UnknownNameError, InvalidTypeError, InvalidValueError, ShapeError, DtypeError, DeviceError.
+    """
+    if isinstance(adapters, Mapping):
+        if gates is not None:
+            raise InvalidTypeError(operation, "gates", "None with a mapping of name to gate", type(gates).__name__)
+        members, values = list(adapters), [_number(gate, operation, f"gate of {name!r}") for name, gate in adapters.items()]
+    else:
+        members = _members(adapters, operation)
+        values = [1.0] * len(members) if gates is None else _gates(gates, operation)
+        if len(values) != len(members):
+            raise InvalidValueError(operation, "gates", f"{len(members)} values (one per adapter)", len(values))
+    named: dict[str, float] = {}
+    for member, gate in zip(members, values, strict=True):
+        _check_finite(gate, operation, member)
+        name = _name(bank, member, operation)
+        if name is not None:
+            named[name] = named[name] + gate if name in named else gate
+    for name, gate in named.items():
+        _check_finite(gate, operation, name)
+    kept = tuple((name, gate) for name, gate in named.items() if _float32(gate) != 0)
+    return tuple(sorted((bank.slot(name), _float32(gate)) for name, gate in kept)), kept
+
+
+def _members(adapters: Any, operation: str) -> list[Any]:
+    if isinstance(adapters, (str, int)):
+        return [adapters]
+    if hasattr(adapters, "tolist"):
+        return _array(adapters, operation, "adapters", "integers", lambda kind: "int" in kind)
+    if isinstance(adapters, Iterable) and not isinstance(adapters, (bytes, set, frozenset)):
+        return list(adapters)
+    raise InvalidTypeError(operation, "adapters", "a name, {name: gate}, or a list of names or ids", type(adapters).__name__)
+
+
+def _gates(gates: Any, operation: str) -> list[float]:
+    if hasattr(gates, "tolist"):
+        values = _array(gates, operation, "gates", "floats", lambda kind: "float" in kind or "int" in kind)
+    elif isinstance(gates, Iterable) and not isinstance(gates, (str, bytes, Mapping, set, frozenset)):
+        values = list(gates)
+    else:
+        values = [gates]
+    return [_number(value, operation, f"gates[{index}]") for index, value in enumerate(values)]
+
+
+def _array(array: Any, operation: str, field: str, expected: str, fits: Any) -> list[Any]:
+    """The values of an array or tensor, read on the host."""
+    device = getattr(array, "device", None)
+    if getattr(device, "type", device) not in ("cpu", None):
+        raise DeviceError(operation, field, "the weights' device (cpu)", device)
+    if not fits(str(array.dtype)):
+        raise DtypeError(operation, field, expected, array.dtype)
+    if len(array.shape) > 1:
+        raise ShapeError(operation, field, "one dimension", list(array.shape))
+    values = array.tolist()
+    return values if isinstance(values, list) else [values]
+
+
+def _name(bank: AdapterBank, member: Any, operation: str) -> str | None:
+    """The adapter that a name or a slot number stands for; None for the empty slot -1."""
+    if isinstance(member, str):
+        return bank.slots[bank.slot(member, operation)]
+    if isinstance(member, bool) or not hasattr(member, "__index__"):
+        raise InvalidTypeError(operation, "adapters", "names (str) or slot ids (int)", f"{member!r} ({type(member).__name__})")
+    slot = int(member)
+    if slot == -1:
+        return None
+    if not 0 <= slot < len(bank.slots):
+        raise InvalidValueError(operation, "ids", f"-1 (empty) or 0 to {len(bank.slots) - 1}", slot)
+    if bank.slots[slot] is None:
+        raise InvalidValueError(operation, "ids", "a slot that holds an adapter", f"{slot}, which is free")
+    return bank.slots[slot]
+
+
+def _number(value: Any, operation: str, field: str) -> float:
+    if hasattr(value, "item"):
+        _array(value, operation, field, "a number", lambda kind: "float" in kind or "int" in kind)
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InvalidTypeError(operation, field, "a number", type(value).__name__)
+    return float(value)
+
+
+def _float32(value: float) -> float:
+    """The nearest float32, as a float; inf where there is none."""
+    import numpy as np
+
+    with np.errstate(over="ignore"):
+        return float(np.float32(value))
+
+
+def _check_finite(gate: float, operation: str, member: object) -> None:
+    if not math.isfinite(_float32(gate)):
+        raise InvalidValueError(operation, f"gate of {member!r}", "a finite float32", gate)

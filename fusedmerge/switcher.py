@@ -1,0 +1,188 @@
+"""Switcher: put a gated mixture of a bank's adapters into a model's weights, and take it out again."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from fusedmerge.backend import choose
+from fusedmerge.backend.cpu import CpuSwitch, Segment
+from fusedmerge.bank import AdapterBank
+from fusedmerge.errors import DeviceError, DtypeError, InvalidTypeError, InvalidValueError, StateError
+from fusedmerge.memory import require_memory
+from fusedmerge.selection import Mixture, Named, parse
+from fusedmerge.weights import Weight, Weights, check_writable, collect, overlap
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Switcher"]
+
+_switchers: weakref.WeakSet[Switcher] = weakref.WeakSet()  # to refuse a switch on weights that another one has merged
+
+
+class Switcher:
+    """Sets which mixture of `bank`'s adapters is merged into `weights` (a model, or its tensors by name).
+
+    mode "exact": live = round(base + sum gate * scaling * B A) from a pristine copy of every adapted weight, so that no switch leaves a
+    trace and `restore()` gives the original bits. "inplace": no copy; the last mixture is subtracted as the new one is added, which
+    rounds at every switch and drifts.
+
+    The bank may hold other targets than the weights? No: every target must be there, once, plain, writable, of the bank's dtype (or with
+    a float32 bank) and on its device. Storage never moves. Not thread-safe.
+    """
+
+    def __init__(self, weights: Weights, bank: AdapterBank, mode: str = "exact") -> None:
+        operation = "Switcher"
+        if not isinstance(bank, AdapterBank):
+            raise InvalidTypeError(operation, "bank", "an AdapterBank", type(bank).__name__)
+        if mode not in ("exact", "inplace"):
+            raise InvalidValueError(operation, "mode", '"exact" or "inplace"', repr(mode))
+        found = collect(weights, operation)
+        live = check_writable({name: bank.target(name).spec.shape for name in bank.targets}, found, operation)
+        _check_factors(bank, live, operation)
+        device = next(iter(live.values())).device
+        choose(device, operation)
+        self.mode = mode
+        self.bank = bank
+        self._live = live
+        self._weights: dict[str, Weight] = {name: found[name] for name in live}
+        self._check_unshared(operation)
+        if mode == "exact":
+            require_memory(sum(t.nbytes for t in live.values()), device, operation, "the pristine copy of the adapted weights")
+        self._segments = [
+            Segment(tensor, tensor.clone() if mode == "exact" else None, bank.target(name)) for name, tensor in live.items()
+        ]
+        self._engine: CpuSwitch | None = CpuSwitch(self._segments)
+        self._labels: dict[Mixture, Named] = {(): ()}
+        _switchers.add(self)
+
+    def switch(self, adapters: Any, gates: Any = None) -> None:
+        """Set the mixture: {name: gate}, a name, names, or slot ids, with gates (1.0 each if None). Empty: the base.
+
+        A repeated mixture changes nothing. Duplicates add; slot -1 is empty. Raises before anything is changed: UnknownNameError,
+        InvalidTypeError, InvalidValueError, ShapeError, DtypeError, DeviceError, StateError. An interruption (KeyboardInterrupt) leaves
+        a mixed state that `active` reports, and that the next `switch` or `restore` repairs.
+        """
+        self._set(*parse(self.bank, adapters, gates, "switch"), "switch")
+
+    def restore(self) -> None:
+        """Take the mixture out. In exact mode: the original bits."""
+        self._set((), (), "restore")
+
+    @contextmanager
+    def switched(self, adapters: Any, gates: Any = None) -> Iterator[Switcher]:
+        """`switch` for the length of a with block; then the previous mixture again, also after an exception."""
+        before = self.active
+        mixture = parse(self.bank, dict(before), None, "switched")[0]
+        try:
+            self.switch(adapters, gates)
+            yield self
+        finally:
+            if self._engine is not None:
+                self._set(mixture, before, "switched")
+
+    @property
+    def active(self) -> Named:
+        """The mixture that is merged: (("math", 0.7), ...), or (). Raises StateError after an interrupted switch."""
+        engine = self._open("active")
+        if engine.mixture is None:
+            raise StateError("active", "weights", "one mixture", "a switch that was interrupted; call switch() or restore() to repair it")
+        return self._labels[engine.mixture]
+
+    def check(self) -> None:
+        """Raise whatever is wrong with the present state: an interrupted switch, weights that were moved, a closed Switcher."""
+        self._open("check")
+        self._check_in_place("check")
+        _ = self.active
+
+    def invalidate(self) -> None:
+        """Make the next `switch` write every weight even if its mixture is the present one (after outside edits that it shall undo).
+
+        In inplace mode there is no copy to write from, and this changes nothing.
+        """
+        self._open("invalidate").invalidate()
+
+    def refresh(self) -> None:
+        """Take the weights as they are now, with whatever was edited from outside, as the new base. Only while nothing is merged."""
+        if self.active:
+            raise StateError("refresh", "mixture", "none (restore() first; then edit, then refresh())", self.active)
+        self._check_in_place("refresh")
+        for segment in self._segments:
+            if segment.base is not None:
+                segment.base.copy_(segment.live)
+
+    def close(self) -> None:
+        """Restore, and free the pristine copy. Further calls raise StateError; a second `close` does nothing."""
+        if self._engine is None:
+            return
+        self.restore()
+        self._engine = None
+        self._segments = []
+        _switchers.discard(self)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held beside the model and the bank: the pristine copy."""
+        return sum(s.base.nbytes for s in self._segments if s.base is not None)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._engine is None else self._labels.get(self._engine.mixture or (), "interrupted")
+        return f"Switcher({len(self._live)} targets, mode={self.mode!r}, active={state})"
+
+    # ------------------------------------------------------------------ steps
+
+    def _set(self, mixture: Mixture, named: Named, operation: str) -> None:
+        """check -> label -> apply."""
+        engine = self._open(operation)
+        self._check_in_place(operation)
+        if mixture:
+            self._check_unshared(operation)
+        held = engine.mixture
+        kept = {} if held is None else {held: self._labels[held]}
+        self._labels = {(): (), **kept, mixture: named}
+        self.bank.pin(self, self.bank.pinned(self) | {slot for slot, _ in mixture})
+        engine.apply(mixture)
+        self.bank.pin(self, frozenset(slot for slot, _ in mixture))
+
+    def _open(self, operation: str) -> CpuSwitch:
+        if self._engine is None:
+            raise StateError(operation, "Switcher", "an open one", "a closed one")
+        return self._engine
+
+    def _check_in_place(self, operation: str) -> None:
+        """The model must still use the storage that this Switcher writes to (model.to(...) or a new Parameter would leave it behind)."""
+        for name, live in self._live.items():
+            weight = self._weights[name]
+            now = weight.tensor if weight.owner is None else weight.owner._parameters.get(weight.attribute)
+            if now is None or now.data_ptr() != live.data_ptr() or now.dtype != live.dtype:
+                raise StateError(operation, name, "the storage it had when the Switcher was built", "another; build a new Switcher")
+
+    def _check_unshared(self, operation: str) -> None:
+        for other in list(_switchers):
+            if other is self or other._engine is None or other._engine.mixture == ():
+                continue
+            storages = {t.untyped_storage().data_ptr(): [] for t in other._live.values()}
+            for tensor in other._live.values():
+                storages[tensor.untyped_storage().data_ptr()].append(tensor)
+            for name, live in self._live.items():
+                if any(overlap(live, tensor) for tensor in storages.get(live.untyped_storage().data_ptr(), ())):
+                    raise StateError(operation, name, "weights that no other Switcher has merged", f"weights shared with {other!r}")
+
+
+def _check_factors(bank: AdapterBank, live: dict[str, torch.Tensor], operation: str) -> None:
+    """Factors have the weight's dtype, or float32, and its device."""
+    import torch
+
+    for name, tensor in live.items():
+        spec = bank.target(name).spec
+        if spec.device != tensor.device:
+            raise DeviceError(operation, name, f"a weight on the bank's device ({spec.device})", tensor.device)
+        if spec.dtype not in (tensor.dtype, torch.float32):
+            raise DtypeError(operation, name, f"a bank in the weight's dtype ({tensor.dtype}) or in float32", spec.dtype)
+        if tensor.device != next(iter(live.values())).device:
+            raise DeviceError(operation, name, "all targets on one device", f"{tensor.device} beside {next(iter(live.values())).device}")
+        if tensor.is_inference():
+            raise StateError(operation, name, "a tensor with a version counter", "one made under torch.inference_mode()")
