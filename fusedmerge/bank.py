@@ -184,8 +184,6 @@ class AdapterBank:
         Raises InvalidValueError for a name that is taken or a bank that is full, UnknownNameError for targets that the bank lacks,
         ShapeError for a rank over the bank's. Targets that the adapter leaves out have rank 0.
         """
-        from fusedmerge.formats.peft import read_peft
-
         if not isinstance(name, str) or not name or name in self._slots:
             raise InvalidValueError("add", "name", "a new, non-empty name", repr(name))
         if None not in self._slots:
@@ -194,8 +192,12 @@ class AdapterBank:
             stacks = {target: (a[None], b[None]) for target, (a, b) in source.items()}
             scalings = {t: [s] for t, s in scaling.items()} if isinstance(scaling, Mapping) else scaling
             adapter = adapters_from_stacks(stacks, scalings, [name], "add")[0][0]
+        elif isinstance(source, Adapter):
+            adapter = source
         else:
-            adapter = source if isinstance(source, Adapter) else read_peft(source, name)
+            from fusedmerge.formats.peft import read_peft
+
+            adapter = read_peft(source, name)
         if adapter.base_weights:
             carried = next(iter(adapter.base_weights))
             raise FormatError("add", f'adapter "{name}"', "factors only (base weights can be checked by from_peft)", carried)

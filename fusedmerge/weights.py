@@ -137,23 +137,31 @@ def check_writable(targets: Mapping[str, tuple[int, int]], found: Mapping[str, W
 
 
 def _check_untied(targets: Mapping[str, tuple[int, int]], found: Mapping[str, Weight], operation: str) -> None:
-    """No target may share memory with any other weight: it would be adapted twice, or adapt a weight that has no adapter."""
+    """No target may share memory with another weight: it would be adapted twice, or adapt a weight that has no adapter.
+
+    A second name of the very same module is no other weight, unless both names are targets.
+    """
+    import torch
+
     by_storage: dict[tuple[str, int], list[Weight]] = defaultdict(list)
     for weight in found.values():
-        if not weight.quantised and weight.tensor.device.type != "meta" and weight.tensor.layout.__str__() == "torch.strided":
-            by_storage[str(weight.tensor.device), weight.tensor.untyped_storage().data_ptr()].append(weight)
+        if not weight.quantised and weight.tensor.device.type != "meta" and weight.tensor.layout is torch.strided:
+            by_storage[_storage(weight.tensor)].append(weight)
     for name in targets:
-        tensor = found[name].tensor
-        for other in by_storage[str(tensor.device), tensor.untyped_storage().data_ptr()]:
-            if other.name != name and overlap(tensor, other.tensor):
+        mine = found[name]
+        for other in by_storage[_storage(mine.tensor)]:
+            alias = other.owner is not None and other.owner is mine.owner and other.attribute == mine.attribute
+            if other.name != name and (other.name in targets or not alias) and overlap(mine.tensor, other.tensor):
                 raise StateError(operation, name, "a weight of its own", f"one that is tied to or overlaps {other.name}")
+
+
+def _storage(tensor: torch.Tensor) -> tuple[str, int]:
+    return str(tensor.device), tensor.untyped_storage().data_ptr()
 
 
 def overlap(x: torch.Tensor, y: torch.Tensor) -> bool:
     """Whether two strided tensors of one storage share an element (told exactly for slices of one row-major matrix)."""
-    if x.device != y.device or x.numel() == 0 or y.numel() == 0:
-        return False
-    if x.untyped_storage().data_ptr() != y.untyped_storage().data_ptr():
+    if x.numel() == 0 or y.numel() == 0 or _storage(x) != _storage(y):
         return False
     (x0, x1), (y0, y1) = _byte_range(x), _byte_range(y)
     if x1 <= y0 or y1 <= x0:

@@ -133,8 +133,9 @@ class CpuSwitch:
 
     def _apply_segment(self, blocks: Sequence[_Block], mixture: Mixture) -> None:
         widened: dict[Mixture, tuple[torch.Tensor, torch.Tensor] | None] = {}
-        for block in blocks:
+        for block in blocks:  # all before any is written: they share the weight's version counter
             block.settle()
+        for block in blocks:
             if block.mixture == mixture:
                 continue
             segment = block.segment

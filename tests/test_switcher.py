@@ -1,0 +1,322 @@
+"""Switcher: what the weights hold after each call, and that a call that raises has changed nothing."""
+
+import dataclasses
+import random
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import fusedmerge as fm
+from fusedmerge import errors
+from tests import kit
+
+SHAPES = [(1, 1), (1, 4096), (67, 131), (257, 130), (300, 1000)]  # one element, one row, ragged, ragged, more than one block of rows
+
+
+@pytest.mark.parametrize("dtype", kit.DTYPES)
+@pytest.mark.parametrize("bank_dtype", [None, torch.float32])
+def test_a_switch_is_within_the_bound_of_float64_truth(dtype, bank_dtype):
+    weights = kit.make_weights([*SHAPES, (600, 700)], dtype)
+    base = {name: tensor.clone() for name, tensor in weights.items()}
+    bank = kit.make_bank(weights, dtype=bank_dtype)
+    switcher = fm.Switcher(weights, bank)
+    for mixture in ([(0, 0.7), (2, 0.3)], [(1, -1.3)], [(0, 0.4), (1, 0.3), (2, 0.2), (3, 0.1)], [(3, 1e-3)]):
+        switcher.switch([slot for slot, _ in mixture], [gate for _, gate in mixture])
+        for name in weights:
+            small = weights[name].numel() < 10_000  # one misrounded element in 33 or so is no share
+            kit.assert_merged(weights[name], base[name], bank.target(name), mixture, share=0.99 if small and dtype != torch.float32 else None)
+
+
+def test_folding_gates_into_16_bit_factors_would_be_seen():
+    """The comparator's own test: the shortcut that the switch must not take misrounds far more than 0.1 % of the weights."""
+    weights = kit.make_weights([(256, 256)])
+    bank = kit.make_bank(weights)
+    target = bank.target("w0")
+    folded = weights["w0"].float() + (target.b[2] * 0.3 * 0.5).float() @ target.a[2].float()
+    with pytest.raises(AssertionError):
+        kit.assert_merged(folded.bfloat16(), weights["w0"], target, [(2, 0.3)])
+
+
+@pytest.mark.parametrize("dtype", kit.DTYPES)
+def test_ten_thousand_switches_leave_no_trace(dtype):
+    weights = kit.make_weights([(9, 31), (17, 5)], dtype)
+    before, pointers = kit.snapshot(weights), {name: t.data_ptr() for name, t in weights.items()}
+    bank = kit.make_bank(weights)
+    switcher = fm.Switcher(weights, bank)
+    rng = random.Random(0)
+    for _ in range(10_000):
+        switcher.switch({name: rng.uniform(-1, 1) for name in rng.sample(bank.names, rng.randint(0, 3))})
+    last = {"a0": 0.7, "a3": 0.3}
+    switcher.switch(last)
+    fresh = kit.make_weights([(9, 31), (17, 5)], dtype)
+    fm.Switcher(fresh, bank).switch(last)
+    assert kit.snapshot(weights) == kit.snapshot(fresh) != before
+    switcher.restore()
+    assert kit.snapshot(weights) == before
+    assert {name: t.data_ptr() for name, t in weights.items()} == pointers
+
+
+def test_the_order_in_which_a_mixture_is_written_does_not_change_its_bits():
+    weights = kit.make_weights([(67, 131)])
+    switcher = fm.Switcher(weights, kit.make_bank(weights))
+    switcher.switch({"a0": 0.7, "a1": 0.7, "a2": -0.1})
+    one = kit.snapshot(weights)
+    switcher.switch(["a2", "a1", "a0", "a1"], [-0.1, 0.35, 0.7, 0.35])
+    assert kit.snapshot(weights) == one
+
+
+def test_odd_bits_survive():
+    """-0.0, NaN with a payload and infinities come through a switch to nothing and a restore."""
+    weights = {"w": torch.tensor([[-0.0, float("nan"), float("inf"), 1.0]] * 3, dtype=torch.bfloat16)}
+    weights["w"].view(torch.int16)[1, 1] = 0x7FA5
+    before = kit.snapshot(weights)
+    bank = fm.AdapterBank.from_tensors({"w": (torch.ones(2, 1, 4).bfloat16(), torch.ones(2, 3, 1).bfloat16())}, 1.0)
+    switcher = fm.Switcher(weights, bank)
+    switcher.switch("0")
+    assert weights["w"][:, 3].tolist() == [2.0] * 3 and weights["w"][:, 1].isnan().all()
+    switcher.switch({"1": 0.0})
+    assert kit.snapshot(weights) == before
+    switcher.switch("1")
+    switcher.restore()
+    assert kit.snapshot(weights) == before
+
+
+def test_a_target_that_no_chosen_adapter_has_keeps_its_bits():
+    weights = kit.make_weights([(5, 6), (7, 8)])
+    weights["w1"][0, 0] = -0.0
+    before = kit.snapshot(weights)
+    bank = fm.AdapterBank.from_tensors({"w0": (torch.ones(1, 2, 6).bfloat16(), torch.ones(1, 5, 2).bfloat16())}, 1.0)
+    full = fm.AdapterBank.random(weights, 1, 2)
+    switcher = fm.Switcher(weights, bank)
+    switcher.switch("0")
+    after = kit.snapshot(weights)
+    assert after["w0"] != before["w0"] and after["w1"] == before["w1"]
+    switcher.close()
+    full.remove("random_0")
+    full.add("partial", {"w0": (torch.ones(2, 6), torch.ones(5, 2))}, 1.0)
+    fm.Switcher(weights, full).switch("partial")
+    assert kit.snapshot(weights)["w1"] == before["w1"]
+
+
+def test_strided_rows_inside_packed_qkv():
+    packed = torch.randn(24, 16).bfloat16()
+    untouched = packed.clone()
+    weights = {"q": packed[:8], "v": packed[16:], "k_half": packed[8:16, :10]}
+    base = {name: tensor.clone() for name, tensor in weights.items()}
+    bank = kit.make_bank(weights)
+    switcher = fm.Switcher(weights, bank)
+    switcher.switch({"a1": 1.0})
+    for name in weights:
+        kit.assert_merged(weights[name], base[name], bank.target(name), [(1, 1.0)], share=0.98)
+    assert torch.equal(packed[8:16, 10:], untouched[8:16, 10:])
+    switcher.restore()
+    assert torch.equal(packed, untouched)
+
+
+def test_active_and_repetition():
+    weights = kit.make_weights([(9, 31)])
+    switcher = fm.Switcher(weights, kit.make_bank(weights))
+    assert switcher.active == ()
+    switcher.switch({"a1": 0.7, "a0": 0.3})
+    assert switcher.active == (("a1", 0.7), ("a0", 0.3))
+    merged, version = kit.snapshot(weights), weights["w0"]._version
+    switcher.switch(["a0", "a1"], [0.3, 0.7])
+    assert kit.snapshot(weights) == merged and weights["w0"]._version == version  # nothing was written
+    assert switcher.active == (("a0", 0.3), ("a1", 0.7))
+    switcher.switch({})
+    assert switcher.active == ()
+
+
+def test_inplace_subtracts_the_last_mixture_and_drifts():
+    weights = kit.make_weights([(64, 64)])
+    base = weights["w0"].clone()
+    bank = kit.make_bank(weights)
+    switcher = fm.Switcher(weights, bank, mode="inplace")
+    assert switcher.nbytes == 0 and fm.Switcher(weights, bank).nbytes == base.nbytes
+    switcher.switch({"a0": 0.7, "a2": 0.3})
+    kit.assert_merged(weights["w0"], base, bank.target("w0"), [(0, 0.7), (2, 0.3)], share=0.99)
+    rng = random.Random(0)
+    for _ in range(200):
+        switcher.switch(rng.sample(bank.names, 2), [0.7, 0.3])
+    switcher.restore()
+    drift = ((weights["w0"].double() - base.double()).norm() / base.double().norm()).item()
+    assert 0.01 < drift < 0.04  # rounding at every switch: a random walk of 200 steps of 0.0017
+
+
+def test_switched_restores_the_previous_mixture_also_after_an_exception():
+    weights = kit.make_weights([(9, 31)])
+    switcher = fm.Switcher(weights, kit.make_bank(weights))
+    switcher.switch({"a1": 0.7})
+    outer = kit.snapshot(weights)
+    with switcher.switched("a2") as inner:
+        assert inner is switcher and switcher.active == (("a2", 1.0),)
+        with switcher.switched({}):
+            assert switcher.active == ()
+        assert switcher.active == (("a2", 1.0),)
+    assert switcher.active == (("a1", 0.7),) and kit.snapshot(weights) == outer
+    with pytest.raises(ZeroDivisionError), switcher.switched(["a3"], [0.1]):
+        raise ZeroDivisionError
+    assert switcher.active == (("a1", 0.7),) and kit.snapshot(weights) == outer
+    with pytest.raises(errors.UnknownNameError), switcher.switched("nobody"):
+        pass
+    assert switcher.active == (("a1", 0.7),) and kit.snapshot(weights) == outer
+    with switcher.switched("a2"):
+        switcher.close()
+    assert "closed" in repr(switcher)
+
+
+def test_invalidate_makes_the_next_switch_write():
+    weights = kit.make_weights([(9, 31)])
+    switcher = fm.Switcher(weights, kit.make_bank(weights))
+    switcher.switch("a1")
+    merged = kit.snapshot(weights)
+    weights["w0"].zero_()
+    switcher.switch("a1")
+    assert not weights["w0"].any()
+    switcher.invalidate()
+    assert switcher.active == (("a1", 1.0),)
+    switcher.switch("a1")
+    assert kit.snapshot(weights) == merged
+    version = weights["w0"]._version
+    switcher.switch("a1")
+    assert weights["w0"]._version == version  # only the next one
+
+
+def test_refresh_takes_outside_edits_as_the_new_base():
+    weights = kit.make_weights([(9, 31)])
+    switcher = fm.Switcher(weights, kit.make_bank(weights))
+    weights["w0"].mul_(2)
+    edited = weights["w0"].clone()
+    switcher.refresh()
+    switcher.switch("a1")
+    with pytest.raises(errors.StateError, match=r"restore\(\) first"):
+        switcher.refresh()
+    switcher.restore()
+    assert torch.equal(weights["w0"], edited)
+
+
+def test_close_restores_and_frees():
+    weights = kit.make_weights([(9, 31)])
+    before = kit.snapshot(weights)
+    switcher = fm.Switcher(weights, kit.make_bank(weights))
+    switcher.switch("a1")
+    copy = weakref.ref(switcher._segments[0].base)
+    switcher.close()
+    switcher.close()
+    assert kit.snapshot(weights) == before and copy() is None and switcher.nbytes == 0
+    for call in (lambda: switcher.switch("a1"), switcher.restore, switcher.check, switcher.invalidate, switcher.refresh, lambda: switcher.active):
+        with pytest.raises(errors.StateError, match="a closed one"):
+            call()
+
+
+def test_bad_calls_change_nothing():
+    weights = kit.make_weights([(9, 31)])
+    switcher = fm.Switcher(weights, kit.make_bank(weights))
+    switcher.switch("a1")
+    state = kit.snapshot(weights)
+    for adapters, gates in [("b", None), ({"a1": float("nan")}, None), ([0, 1], [1.0]), ([9], None), (None, None), (["a0", "b"], None)]:
+        with pytest.raises(fm.FusedMergeError):
+            switcher.switch(adapters, gates)
+        assert kit.snapshot(weights) == state and switcher.active == (("a1", 1.0),)
+
+
+def test_two_switchers_on_shared_weights():
+    weights = kit.make_weights([(9, 31), (5, 6)])
+    bank = kit.make_bank(weights)
+    one, two = fm.Switcher(weights, bank), fm.Switcher({"w1": weights["w1"]}, kit.make_bank({"w1": weights["w1"]}))
+    one.switch("a0")
+    state = kit.snapshot(weights)
+    with pytest.raises(errors.StateError, match=r"switch: w1: expected weights that no other Switcher has merged"):
+        two.switch("a1")
+    with pytest.raises(errors.StateError, match="no other Switcher"):
+        fm.Switcher(weights, bank)  # its pristine copy would hold one's mixture
+    assert kit.snapshot(weights) == state
+    two.restore()  # nothing to do, nothing to refuse
+    one.restore()
+    two.switch("a1")
+    with pytest.raises(errors.StateError, match="no other Switcher"):
+        one.switch("a0")
+    two.close()
+    one.switch("a0")
+    del one  # a mixture may be left in for good
+    fm.Switcher(weights, bank).switch("a1")
+
+
+def test_switchers_on_disjoint_slices_of_one_storage_do_not_mind_each_other():
+    packed = torch.randn(8, 6)
+    q, k = {"q": packed[:4]}, {"k": packed[4:]}
+    one, two = fm.Switcher(q, fm.AdapterBank.random(q, 1, 2)), fm.Switcher(k, fm.AdapterBank.random(k, 1, 2))
+    one.switch("random_0")
+    two.switch("random_0")
+
+
+def test_a_stale_backward_raises_torch_s_error():
+    model = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 3))
+    switcher = fm.Switcher(model, fm.AdapterBank.random(model, 1, 2))
+    x = torch.randn(4, 5, requires_grad=True)
+    model(x).sum().backward()
+    loss = model(x).sum()
+    switcher.switch("random_0")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    model(x).sum().backward()
+    assert model[0].weight.requires_grad and model[0].weight.is_leaf
+
+
+def test_storage_that_moved_is_refused():
+    model = nn.Linear(5, 6)
+    bank = fm.AdapterBank.random(model, 1, 2)
+    for move in (lambda m: m.half(), lambda m: setattr(m, "weight", nn.Parameter(torch.zeros(6, 5)))):
+        moved = nn.Linear(5, 6)
+        switcher = fm.Switcher(moved, bank)
+        switcher.check()
+        move(moved)
+        for call in (lambda: switcher.switch("random_0"), switcher.check, switcher.refresh):  # noqa: B023
+            with pytest.raises(errors.StateError, match="build a new Switcher"):
+                call()
+
+
+@pytest.mark.parametrize("mode", ["Exact", "", None, 1])
+def test_modes(mode):
+    weights = kit.make_weights([(5, 6)])
+    with pytest.raises(errors.InvalidValueError, match='"exact" or "inplace"'):
+        fm.Switcher(weights, kit.make_bank(weights), mode)
+
+
+def test_banks_that_do_not_fit():
+    weights = kit.make_weights([(5, 6)])
+    bank = kit.make_bank(weights)
+    with pytest.raises(errors.InvalidTypeError, match="an AdapterBank"):
+        fm.Switcher(weights, {"w0": 1})
+    with pytest.raises(errors.UnknownNameError, match="no w0"):
+        fm.Switcher({"other": torch.zeros(5, 6)}, bank)
+    with pytest.raises(errors.ShapeError, match=r"expected shape \[5, 6\], got \[6, 5\]"):
+        fm.Switcher({"w0": torch.zeros(6, 5).bfloat16()}, bank)
+    with pytest.raises(errors.DtypeError, match=r"in the weight's dtype \(torch.float16\) or in float32, got torch.bfloat16"):
+        fm.Switcher({"w0": torch.zeros(5, 6).half()}, bank)
+    with pytest.raises(errors.DeviceError, match="device meta"):
+        fm.Switcher({"w0": torch.zeros(5, 6, device="meta").bfloat16()}, bank)
+    with torch.inference_mode():
+        frozen = torch.zeros(5, 6).bfloat16()
+    with pytest.raises(errors.StateError, match="inference_mode"):
+        fm.Switcher({"w0": frozen}, bank)
+    target = bank.target("w0")
+    target.spec = dataclasses.replace(target.spec, device=torch.device("cuda", 0))
+    with pytest.raises(errors.DeviceError, match=r"bank's device \(cuda:0\), got cpu"):
+        fm.Switcher(weights, bank)
+
+
+def test_the_backend_can_be_named_and_says_why_it_cannot_be_used(monkeypatch):
+    weights = kit.make_weights([(5, 6)])
+    bank = kit.make_bank(weights)
+    assert fm.backends()["cpu"] and set(fm.backends()) == {"cpu", "sim", "jit", "aot"}
+    monkeypatch.setenv("FUSEDMERGE_BACKEND", "cpu")
+    fm.Switcher(weights, bank)
+    monkeypatch.setenv("FUSEDMERGE_BACKEND", "gpu")
+    with pytest.raises(errors.InvalidValueError, match="one of cpu, sim, jit, aot"):
+        fm.Switcher(weights, bank)
+    monkeypatch.setenv("FUSEDMERGE_BACKEND", "jit")
+    with pytest.raises(errors.BackendError, match="jit"):
+        fm.Switcher(weights, bank)
