@@ -4,32 +4,32 @@ out = round(base + sum_e gate_e scaling_e B_e A_e), with the factors in float32 
 switch on the CPU merges them, and appended to the output: the memory needed is the adapters' and a few MiB, whatever the checkpoint's
 size. All checks come before the first byte is written.
 
-    base headers --+                                    +-- untouched: bytes copied
-    adapters ------+--> plan: {tensor: experts} --> shard by shard --> .out.partial --> rename to out
-    names (checkpoint_names) -+                         +-- adapted: a block of rows at a time
+    base's headers ---+                               +-- untouched: bytes copied -------+
+    adapters ---------+-- plan {tensor: experts} -----+                                  +-- shard in .out.partial -- rename to out
+    names in memory --+                               +-- adapted: blocks of rows -------+
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import math
 import os
 import re
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from fusedmerge import __version__
 from fusedmerge.backend.cpu import BLOCK_ELEMENTS, Expert, merge_rows, row_blocks, wide_factors
-from fusedmerge.checkpoint_files import RECORD, Base, Partial, check_destination, json_bytes, open_base, os_errors, write_json
+from fusedmerge.checkpoint_files import Base, Partial, check_destination, json_bytes, open_base, os_errors
 from fusedmerge.checkpoint_names import Match, NameMap, describe
 from fusedmerge.errors import DeviceError, DtypeError, FormatError, InvalidTypeError, InvalidValueError
 from fusedmerge.formats.lora import Adapter
-from fusedmerge.safetensors_stream import Entry, Header, Layout, StreamWriter, dtype_code, itemsize, read_into, torch_dtype
+from fusedmerge.safetensors_stream import Entry, Header, Layout, StreamWriter, itemsize, read_chunks, read_into, torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +39,6 @@ __all__ = ["merge_checkpoint", "parse_adapter_argument"]
 logger = logging.getLogger(__name__)
 
 _OP = "merge"
-_CHUNK = 4 << 20  # bytes per read of a tensor that is only copied
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _GATE = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
 
@@ -90,8 +89,8 @@ def merge_checkpoint(
         "fusedmerge_version": __version__, "operation": _OP, "base": source.directory.resolve().name, "dtype": target_dtype,
         "adapters": [member.record() for member in members],
     }  # fmt: skip
-    recipe = {"base": source.identity(), "device": where.type, **record}
-    with Partial(destination, recipe) as partial, os_errors(str(destination)):
+    recipe = {"files": source.identity(), "device": where.type, **record}
+    with Partial(destination, recipe) as partial, os_errors(str(destination)), _exact_products():
         left = {name: layouts for name, layouts in shards.items() if not partial.finished(name)}
         partial.require_space(sum(nbytes for layouts in left.values() for _, nbytes in layouts))
         with _progress(shards, left, progress) as report:
@@ -99,7 +98,7 @@ def merge_checkpoint(
                 header = source.shards[name]
                 metadata = {"format": "pt", **header.metadata, "fusedmerge": json.dumps(record)}
                 _write_shard(header, layouts, jobs, partial.path / name, metadata, where, report)
-        _carry_over(source, shards, partial.path, record)
+        partial.carry_over(source, {name: [layout for layout, _ in layouts] for name, layouts in shards.items()}, record)
         partial.publish(_config(source, target_dtype))
 
 
@@ -136,7 +135,7 @@ def _check_gates(adapters: Sequence[tuple[str | os.PathLike[str], float]]) -> di
     gates: dict[Path, float] = {}
     names: dict[str, Path] = {}
     for pair in adapters:
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[0], (str, os.PathLike)):  # noqa: PLR2004
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[0], (str, os.PathLike)):
             raise InvalidTypeError(_OP, "adapters", "pairs (directory, gate)", repr(pair))
         if isinstance(pair[1], bool) or not isinstance(pair[1], (int, float)):
             raise InvalidTypeError(_OP, f"gate of {pair[0]}", "a number", repr(pair[1]))
@@ -147,7 +146,7 @@ def _check_gates(adapters: Sequence[tuple[str | os.PathLike[str], float]]) -> di
         if other != same:
             raise InvalidValueError(_OP, "adapters", "directories of different names (link one)", f"{other} and {same}")
     for path, gate in gates.items():
-        if not abs(gate) <= 3.4e38:  # noqa: PLR2004  (the range of float32; nan fails too)
+        if not abs(gate) <= 3.4e38:  # the range of float32; nan fails too
             raise InvalidValueError(_OP, f"gate of {path.name}", "a finite float32", gate)
     return gates
 
@@ -215,7 +214,7 @@ def _expert(member: _Member, target: str, match: Match, entry: Entry) -> Expert:
         raise DtypeError(_OP, what, "a bfloat16, float16 or float32 weight (merge into the unquantised base)", entry.dtype)
     factors = member.adapter.targets[target].oriented(entry.shape, match.transposed, _OP, what)  # type: ignore[arg-type]
     coefficient = member.gate * factors.scaling
-    if not abs(coefficient) <= 3.4e38:  # noqa: PLR2004
+    if not abs(coefficient) <= 3.4e38:
         raise FormatError(_OP, f"{what}: gate * scaling", "a finite float32", coefficient)
     for side, tensor in (("A", factors.a), ("B", factors.b)):
         if not bool(torch.isfinite(tensor.float()).all()):
@@ -231,7 +230,7 @@ def _same_bits(base: Base, entry: Entry, carried: torch.Tensor) -> bool:
     ours = carried.contiguous().view(-1).view(torch.uint8)
     with _owner(base, entry).path.open("rb", buffering=0) as file:
         done = 0
-        for block in _chunks(file, entry):
+        for block in read_chunks(file, entry, _OP):
             if not torch.equal(ours[done : done + len(block)], torch.frombuffer(block, dtype=torch.uint8)):
                 return False
             done += len(block)
@@ -270,19 +269,34 @@ def _write_shard(
         for (name, code, _), _ in layouts:
             entry = header.entries[name]
             factors = wide_factors([Expert(e.a.to(device), e.b.to(device), e.coefficient) for e in jobs.get(name, ())])
-            blocks = _chunks(source, entry) if factors is None and code == entry.dtype else _merged(source, entry, factors, code, device)
-            for block in blocks:
+            same = factors is None and code == entry.dtype
+            for block in read_chunks(source, entry, _OP) if same else _merged(source, entry, factors, code, device):
                 sink.write(block)
                 report(block.nbytes)
 
 
-def _chunks(file: BinaryIO, entry: Entry) -> Iterator[memoryview]:
-    """A tensor's bytes."""
-    buffer = memoryview(bytearray(min(_CHUNK, entry.nbytes)))
-    for done in range(0, entry.nbytes, _CHUNK):
-        block = buffer[: min(_CHUNK, entry.nbytes - done)]
-        read_into(file, entry.start + done, block, _OP)
-        yield block
+@contextlib.contextmanager
+def _exact_products() -> Iterator[None]:
+    """Float32 products in float32, whatever the caller chose for its model: bfloat16 or TF32 would spoil the single rounding."""
+    import torch
+
+    if not hasattr(torch.backends.mkldnn, "matmul"):  # torch before 2.9
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(precision)
+        return
+    switches = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
+    kept = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = "ieee"
+        yield
+    finally:
+        for switch, precision in zip(switches, kept, strict=True):
+            switch.fp32_precision = precision
 
 
 def _merged(
@@ -305,40 +319,21 @@ def _merged(
         source = torch.frombuffer(buffer, dtype=given, count=count * cols).view(count, cols).to(device)
         live = torch.empty(count, cols, dtype=wanted, device=device)
         merge_rows(live, source, None if factors is None else (factors[0], factors[1][block]), slice(0, count), workspace)
-        if not bool(torch.isfinite(live).all()) and not torch.equal(torch.isfinite(live), torch.isfinite(source)):
+        extremes = torch.stack(torch.aminmax(live))  # NaN if there is any; twenty times faster than isfinite of every element
+        if not bool(torch.isfinite(extremes).all()) and not torch.equal(torch.isfinite(live), torch.isfinite(source)):
             raise FormatError(_OP, entry.name, f"weights that are finite in {wanted}", "inf or NaN (too large for that dtype)")
-        yield memoryview(live.cpu().view(-1).view(torch.uint8).numpy())
+        yield memoryview(live.cpu().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-def _progress(shards: Mapping[str, Sequence[tuple[Layout, int]]], left: Mapping[str, object], show: bool) -> Any:
-    """A progress bar over the output's bytes, as a context manager that gives the function to report to."""
-    from contextlib import contextmanager
-
+@contextlib.contextmanager
+def _progress(shards: Mapping[str, Sequence[tuple[Layout, int]]], left: Container[str], show: bool) -> Iterator[Callable[[int], object]]:
+    """A bar over the output's bytes; yields the function to report them to."""
     from tqdm import tqdm
 
     total = {name: sum(nbytes for _, nbytes in layouts) for name, layouts in shards.items()}
     done = sum(nbytes for name, nbytes in total.items() if name not in left)
-
-    @contextmanager
-    def bar() -> Iterator[Callable[[int], object]]:
-        with tqdm(total=sum(total.values()), initial=done, unit="B", unit_scale=True, desc="merge", disable=not show) as shown:
-            yield shown.update
-
-    return bar()
-
-
-# ---------------------------------------------------------------------- everything but weights
-
-
-def _carry_over(base: Base, shards: Mapping[str, Sequence[tuple[Layout, int]]], into: Path, record: Mapping[str, Any]) -> None:
-    for path in base.carried():
-        shutil.copy2(path, into / path.name)
-    write_json(into / RECORD, record)
-    if base.index is not None:
-        total = sum(nbytes for layouts in shards.values() for _, nbytes in layouts)
-        weight_map = {layout[0]: name for name, layouts in shards.items() for layout, _ in layouts}
-        metadata = {**base.index_metadata, "total_size": total}
-        write_json(into / base.index, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
+    with tqdm(total=sum(total.values()), initial=done, unit="B", unit_scale=True, desc="merge", disable=not show) as bar:
+        yield bar.update
 
 
 def _config(base: Base, dtype: str | None) -> bytes:
@@ -346,10 +341,9 @@ def _config(base: Base, dtype: str | None) -> bytes:
     if dtype is None:
         return (base.directory / "config.json").read_bytes()
 
-    def changed(part: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            key: changed(value) if isinstance(value, dict) else dtype if key in ("dtype", "torch_dtype") and isinstance(value, str) else value
-            for key, value in part.items()
-        }
+    def changed(key: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {inner: changed(inner, entry) for inner, entry in value.items()}
+        return dtype if key in ("dtype", "torch_dtype") and isinstance(value, str) else value
 
-    return json_bytes(changed(base.config))
+    return json_bytes(changed("", base.config))

@@ -6,13 +6,16 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusedmerge.errors import FormatError, InvalidValueError, MissingFileError, StateError
-from fusedmerge.safetensors_stream import Entry, Header, read_header
+from fusedmerge.safetensors_stream import Entry, Header, Layout, read_header
+
+if TYPE_CHECKING:
+    from typing import Self
 
 __all__ = ["RECORD", "Base", "Partial", "check_destination", "open_base", "os_errors"]
 
@@ -209,7 +212,7 @@ class Partial:
             else:
                 path.unlink()
 
-    def __enter__(self) -> Partial:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -225,6 +228,17 @@ class Partial:
         free = shutil.disk_usage(self.path).free
         if nbytes > free:
             raise StateError(_OP, str(self.out), f"{nbytes / 2**20:,.0f} MiB of free space", f"{free / 2**20:,.0f} MiB")
+
+    def carry_over(self, base: Base, shards: Mapping[str, Sequence[Layout]], record: Mapping[str, Any]) -> None:
+        """Everything but the weights and the configuration: the base's other files, the index, and the record of the mixture."""
+        for path in base.carried():
+            shutil.copy2(path, self.path / path.name)
+        write_json(self.path / RECORD, record)
+        if base.index is not None:
+            weight_map = {name: shard for shard, layouts in shards.items() for name, _, _ in layouts}
+            total = sum((self.path / shard).stat().st_size - read_header(self.path / shard, _OP).data for shard in shards)
+            metadata = {**base.index_metadata, "total_size": total}
+            write_json(self.path / base.index, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
 
     def publish(self, config: bytes) -> None:
         """Write the configuration, last of all, and move the directory to its place. An older `out` is replaced."""

@@ -99,7 +99,7 @@ def _ask(question: Mapping[str, Any]) -> Rules:
     )
 
 
-def _renamed(model: Any, disk: Sequence[str], prefix: str, parameters: Mapping[str, Any]) -> dict[str, tuple[str, bool]]:
+def _renamed(model: Any, disk: Sequence[str], prefix: str, parameters: dict[str, Any]) -> dict[str, tuple[str, bool]]:
     """{name in the files: (name in memory, whether its values change on the way)}, as transformers' loader decides it."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -145,7 +145,8 @@ class NameMap:
     def find(self, targets: Iterable[str], adapter: str, operation: str) -> dict[str, Match]:
         """{target: its tensor}. Raises UnknownNameError listing targets without a tensor, StateError for tied ones, FormatError."""
         found: dict[str, Match] = {}
-        missing, owner = [], {}
+        missing: list[str] = []
+        owner: dict[str, str] = {}
         for target in targets:
             self._check_untied(target, adapter, operation)
             matches = self._matches(target)
@@ -160,7 +161,7 @@ class NameMap:
             if other != target:
                 raise FormatError(operation, what, "a tensor of its own", f"{matches[0].disk}, which is also {other}")
         if missing:
-            shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")  # noqa: PLR2004
+            shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
             made = any(name in self._made for target in missing for name in self._spellings(target))
             why = " (transformers makes that weight from other tensors as it loads them)" if made else ""
             raise UnknownNameError(operation, f'adapter "{adapter}": targets', "tensors of the checkpoint", f"no {shown}{why}")
@@ -212,8 +213,8 @@ def _tied(rules: Rules, config: Mapping[str, Any], names: Iterable[str]) -> dict
     tie = config.get("tie_word_embeddings", text.get("tie_word_embeddings") if isinstance(text, Mapping) else None)
     by_module = {name: name.removesuffix(".weight").rpartition(".")[2] for name in names if name.endswith(".weight")}
     heads = [name for name, module in by_module.items() if module in _HEADS]
-    causal = any(str(name).endswith("ForCausalLM") for name in config.get("architectures") or ())
-    if tie or (tie is None and causal and not heads):
+    has_head = str((config.get("architectures") or [""])[0]).endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+    if tie or (tie is None and has_head and not heads):
         heads = heads or ["lm_head.weight"]
         embeddings = [name for name, module in by_module.items() if module in _EMBEDDINGS]
         for name in embeddings:

@@ -17,6 +17,8 @@ from fusedmerge.errors import FusedMergeError, MissingFileError
 
 __all__ = ["main"]
 
+EXTRAS = {"transformers": "demo", "peft": "demo", "matplotlib": "demo", "pytest": "bench", "pytest_benchmark": "bench"}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status. Usage errors leave through argparse's SystemExit(2)."""
@@ -26,10 +28,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(parsed.run(parsed))
     except BrokenPipeError:  # `fusedmerge ... | head`
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
         return 1
     except FusedMergeError as error:
         print(f"fusedmerge: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        print(f"fusedmerge: {error.name} is not installed; pip install 'fusedmerge[{extra}]'", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("fusedmerge: interrupted", file=sys.stderr)
@@ -145,10 +153,12 @@ def _checkout(operation: str, needed: str) -> Path:
     for place in (root, Path.cwd()):
         if (place / needed).exists() and (place / "fusedmerge" / "cli.py").is_file():
             return place
-    raise MissingFileError(operation, needed, "a checkout of the repository (the benchmarks are not part of the installed package)", str(root))
+    raise MissingFileError(operation, needed, "a checkout of the repository (an installed package has no benchmarks)", f"none at {root}")
 
 
 def _bench(parsed: argparse.Namespace) -> int:
+    import pytest_benchmark  # noqa: F401  (to say what is missing before pytest does)
+
     root = _checkout("bench", "perf/conftest.py")
     command = [sys.executable, "-m", "pytest", str(root / "perf"), "-q", "-p", "no:xdist", *parsed.pytest]
     if parsed.results:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["ADAPTERS", "DemoConfig", "Stage", "run"]
 
 Mixture = dict[str, float]
+THREADS = 1  # matrices this small gain nothing from more, and threads that wait for each other on a busy machine take seconds
 
 # name -> LoraConfig arguments: different ranks, rslora, a rank pattern, partial targets
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -36,11 +37,14 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 
 
+MODEL = ModelSize(hidden=256, intermediate=688, layers=4, heads=4, vocab=1024)
+
+
 @dataclass(frozen=True)
 class DemoConfig:
     """How large the demo is, and what it shows."""
 
-    model: ModelSize = ModelSize(hidden=256, intermediate=688, layers=4, heads=4, vocab=1024)
+    model: ModelSize = MODEL
     switches: int = 1000
     delta: float = 0.07  # |delta| / |W| of each adapter
     shown: tuple[tuple[str, float], ...] = (("math", 0.7), ("chat", 0.3))  # the mixture whose weights and logits are compared
@@ -77,7 +81,7 @@ def run(out: str | Path, config: DemoConfig | None = None, progress: bool = True
         raise InvalidValueError("demo", "--out", "a directory", f"a file ({out})")
     out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    with _bar(config, progress) as bar:
+    with _bar(config, progress) as bar, _threads(THREADS):
         stage = prepare(config, out, bar.set_description)
         bar.update()
         report: dict[str, Any] = {"config": asdict(config), "versions": versions(), "model": describe(stage)}
@@ -123,7 +127,8 @@ def versions() -> dict[str, str]:
 
     import fusedmerge
 
-    return {"python": platform.python_version(), "fusedmerge": fusedmerge.__version__, **{n: version(n) for n in ("torch", "transformers", "peft")}}
+    ours = {"python": platform.python_version(), "fusedmerge": fusedmerge.__version__}
+    return ours | {name: version(name) for name in ("torch", "transformers", "peft")}
 
 
 def describe(stage: Stage) -> dict[str, Any]:
@@ -154,7 +159,8 @@ def schedule(names: Iterable[str], count: int, seed: int) -> list[Mixture]:
     """`count` random mixtures of two adapters with softmax gates, no two alike in a row."""
     import random
 
-    pool, rng, found = list(names), random.Random(seed), []
+    pool, rng = list(names), random.Random(seed)
+    found: list[Mixture] = []
     while len(found) < count:
         pair = rng.sample(pool, 2)
         gate = rng.uniform(0.1, 0.9)
@@ -183,9 +189,10 @@ def drift(stage: Stage, step: Callable[[], Any]) -> dict[str, Any]:
     from fusedmerge.switcher import Switcher
 
     bank = AdapterBank.from_peft(stage.adapters, stage.base)
-    models = {"peft": peft_load(stage.base, stage.adapters), "inplace": copy.deepcopy(stage.base), "exact": copy.deepcopy(stage.base)}
+    wrapped = peft_load(stage.base, stage.adapters)
+    models: dict[str, torch.nn.Module] = {"peft": wrapped, "inplace": copy.deepcopy(stage.base), "exact": copy.deepcopy(stage.base)}
     live = {name: weights_of(model, bank.targets) for name, model in models.items()}
-    switchers: dict[str, Any] = {"peft": PeftSwitch(models["peft"])}
+    switchers: dict[str, Any] = {"peft": PeftSwitch(wrapped)}
     switchers |= {mode: Switcher(models[mode], bank, mode=mode) for mode in ("inplace", "exact")}
     pristine = clone(live["exact"])
     pointers = {name: [p.data_ptr() for p in model.parameters()] for name, model in models.items()}
@@ -220,7 +227,21 @@ def drift(stage: Stage, step: Callable[[], Any]) -> dict[str, Any]:
         "delta": distance(once, pristine),
         "merged_bitwise_as_first": same_bits(_merged(switchers["exact"], stage.shown, live["exact"]), once),
         "switches": len(mixtures),
+        "threads": THREADS,
     }
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """torch with `count` threads, for a while."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _merged(switcher: Any, mixture: Mixture, live: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

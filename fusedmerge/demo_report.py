@@ -35,13 +35,20 @@ def _model(report: dict[str, Any]) -> str:
 def _accuracy(found: dict[str, Any]) -> str:
     mixture = " + ".join(f"{gate:g} {name}" for name, gate in found["mixture"].items())
     rows = [
-        (row["method"], row["truth"], percent(row["misrounded"]), f"{row['of_rounding']:.3f}", f"{row['of_bound']:.3g}", f"{row['logits']:.1e}")
+        (
+            row["method"],
+            row["truth"],
+            percent(row["misrounded"]),
+            f"{row['of_rounding']:.3f}",
+            f"{row['of_bound']:.3g}",
+            f"{row['logits']:.1e}",
+        )
         for row in found["rows"]
     ]
     header = [f"merge of {mixture}", "float64 truth over", "misrounded", "error / rounding", "max error / bound", "logits, relative"]
     note = (
-        "(misrounded: weights other than the truth correctly rounded; error / rounding: root mean square, 1 is the best that bfloat16 can do;\n"
-        " bound: half an ulp and float32 accumulation, what the switch promises; logits: by float64 arithmetic on the merged weights)"
+        "(misrounded: weights other than the truth correctly rounded; error / rounding: root mean square, 1 is the best that the dtype\n"
+        " can do; bound: half an ulp and float32 accumulation, what the switch promises; logits: float64 arithmetic on the weights)"
     )
     return text_table(header, rows) + "\n" + note
 
@@ -53,7 +60,7 @@ def _drift(found: dict[str, Any]) -> str:
         marks.append(found["switches"])
     rows = []
     for name, entry in methods.items():
-        values = {mark: value for mark, value in entry["drift"]}
+        values = dict(entry["drift"])
         rows.append([TITLES[name], *(f"{values[mark]:.1e}" if values[mark] else "0" for mark in marks), percent(entry["changed"])])
     header = ["drift |W - W0| / |W0| after", *(f"{mark:,}" for mark in marks), "weights changed"]
     return text_table(header, rows) + f"\n(the shown mixture's own |delta| / |W| is {found['delta']:.1e})"
@@ -64,7 +71,7 @@ def _time(found: dict[str, Any]) -> str:
         (TITLES[name], f"{entry['median_ms']:.2f}", f"{entry['peft_over_this']:.1f}x", f"{entry['extra_bytes'] / 2**20:.1f}")
         for name, entry in found["methods"].items()
     ]
-    note = f"(medians over {found['switches']:,} switches, the methods in turn; speed is the median of ratios)"
+    note = f"(medians over {found['switches']:,} switches, the methods in turn, {found['threads']} thread; speed is the median of ratios)"
     return text_table(["switching", "ms / switch", "speed beside PEFT", "extra MiB"], rows) + "\n" + note
 
 

@@ -38,7 +38,8 @@ def build_llama(size: ModelSize, seed: int = 0, dtype: torch.dtype | None = None
         num_key_value_heads=size.heads, vocab_size=size.vocab, max_position_embeddings=256, tie_word_embeddings=False,
     )  # fmt: skip
     torch.manual_seed(seed)
-    return LlamaForCausalLM(config).to(dtype or torch.bfloat16).eval()
+    model: PreTrainedModel = LlamaForCausalLM(config)
+    return torch.nn.Module.to(model, dtype or torch.bfloat16).eval()
 
 
 def write_adapters(
@@ -58,7 +59,7 @@ def write_adapters(
             norm = float(layer.get_base_layer().weight.float().norm())
             for name, b in layer.lora_B.items():
                 a = layer.lora_A[name].weight
-                a.uniform_(-(a.shape[1] ** -0.5), a.shape[1] ** -0.5)  # as PEFT draws it, but with all of float32's bits, as training leaves it
+                a.uniform_(-(a.shape[1] ** -0.5), a.shape[1] ** -0.5)  # as PEFT, but with all of float32's bits
                 spread = float(a.norm()) * abs(layer.scaling[name]) * math.sqrt(b.weight.shape[0])
                 b.weight.normal_(0.0, delta * norm / spread)
     wrapped.save_pretrained(str(directory), selected_adapters=names)

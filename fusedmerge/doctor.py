@@ -52,7 +52,7 @@ def _describe(error: BaseException) -> str:
 def _probe(probe: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
         return probe()
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - a broken install may raise anything
+    except (Exception, SystemExit) as error:
         return {"error": _describe(error)}
 
 
@@ -99,7 +99,7 @@ def _gpus() -> dict[str, Any]:
 
         if torch.cuda.is_available():
             return {"gpus": [{"name": torch.cuda.get_device_name(index)} for index in range(torch.cuda.device_count())]}
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         return {"gpus": [], "error": f"no nvidia-smi, and torch cannot tell: {_describe(error)}"}
     return {"gpus": []}
 

@@ -1,13 +1,12 @@
 """`fusedmerge inspect`: what an adapter holds, how large it is beside a base, and what 16-bit rounding would take from it.
 
 Lost to rounding: the share of a base's adapted elements where the adapter wants a change (delta != 0) and the merged weight, rounded
-once to the base's 16-bit dtype, still has the base's own bits. (A float32 base loses nothing to speak of as it is; it is judged as if both it
-and the merged weight were stored in bfloat16.)
+once to the base's 16-bit dtype, still has the base's own value. (A float32 base loses nothing to speak of as it is; it is judged as if
+both it and the merged weight were stored in bfloat16.)
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections import defaultdict
@@ -16,9 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
-from fusedmerge.errors import FormatError, MissingFileError, UnknownNameError
+from fusedmerge.errors import FormatError, FusedMergeError
 from fusedmerge.tables import percent, text_table
-from fusedmerge.weights import canonical_name
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Group", "Inspection", "inspect_adapter", "render"]
 
 PathLike = Union[str, "os.PathLike[str]"]
+_OP = "inspect"
 
 
 @dataclass
@@ -42,7 +41,7 @@ class Group:
     delta_norm: float = 0.0  # ||scaling B A||
     base_norm: float | None = None  # ||W||
     num_elements: int = 0  # of the base
-    num_lost: int | None = None  # elements with delta != 0 whose bits the merge leaves as they were
+    num_lost: int | None = None  # elements with delta != 0 whose value the merge leaves as it was
 
     @property
     def ratio(self) -> float | None:
@@ -95,8 +94,8 @@ class Inspection:
 def inspect_adapter(directory: PathLike, base: PathLike | None = None) -> Inspection:
     """Judge a PEFT adapter directory, against a base checkpoint directory (safetensors, read one tensor at a time) if one is given.
 
-    Raises FormatError with the reason for an adapter that would merge silently wrong, MissingFileError, and UnknownNameError for targets
-    that the base lacks.
+    Raises FormatError with the reason for an adapter that would merge silently wrong, MissingFileError, and whatever
+    `fusedmerge merge` refuses: UnknownNameError for targets that the base lacks, ShapeError, StateError for tied weights.
     """
     from fusedmerge.formats.peft import read_peft
 
@@ -146,12 +145,12 @@ def _delta_square(factors: Factors) -> float:
 
 
 def _judge(adapter: Adapter, base: Path, groups: Mapping[str, Group]) -> str:
-    """Fill in the groups' norms and losses, and return the dtype(s) that were rounded to."""
+    """Fill in the groups' norms and losses, and return the dtypes that were rounded to."""
     squares: dict[str, float] = defaultdict(float)
     roundings = set()
-    for target, weight in _base_tensors(base, adapter):
+    for target, weight, transposed in _base_tensors(base, adapter):
         group = groups[_group_name(target)]
-        square, lost, dtype = _judge_target(weight, adapter.targets[target], target)
+        square, lost, dtype = _judge_target(weight, transposed, adapter.targets[target], f'adapter "{adapter.name}" on {target}')
         squares[group.name] += square
         group.num_elements += weight.numel()
         group.num_lost = (group.num_lost or 0) + lost
@@ -160,16 +159,16 @@ def _judge(adapter: Adapter, base: Path, groups: Mapping[str, Group]) -> str:
     return ", ".join(sorted(roundings))
 
 
-def _judge_target(weight: torch.Tensor, factors: Factors, target: str) -> tuple[float, int, str]:
+def _judge_target(weight: torch.Tensor, transposed: bool | None, factors: Factors, what: str) -> tuple[float, int, str]:
     """||W||^2, the number of elements lost to rounding, and the dtype rounded to. Works on a block of rows at a time."""
     import torch
 
     from fusedmerge.backend.cpu import row_blocks
 
     if weight.dtype not in (torch.bfloat16, torch.float16, torch.float32) or weight.dim() != 2:
-        raise FormatError("inspect", target, "a matrix in bfloat16, float16 or float32", f"{weight.dtype} {list(weight.shape)}")
+        raise FormatError(_OP, what, "a matrix in bfloat16, float16 or float32", f"{weight.dtype} {list(weight.shape)}")
     rounding = torch.bfloat16 if weight.dtype == torch.float32 else weight.dtype
-    pair = factors.oriented((weight.shape[0], weight.shape[1]), None, "inspect", target)
+    pair = factors.oriented((weight.shape[0], weight.shape[1]), transposed, _OP, what)
     a, b = pair.a.float(), pair.b.float() * pair.scaling
     square, lost = 0.0, 0
     for rows in row_blocks(weight.shape[0], weight.shape[1]):
@@ -181,58 +180,25 @@ def _judge_target(weight: torch.Tensor, factors: Factors, target: str) -> tuple[
     return square, lost, str(rounding).removeprefix("torch.")
 
 
-def _base_tensors(base: Path, adapter: Adapter) -> Iterator[tuple[str, torch.Tensor]]:
-    """The adapter's targets in a checkpoint, one at a time. Raises UnknownNameError, listing the targets that are not there."""
-    from safetensors import SafetensorError, safe_open
+def _base_tensors(directory: Path, adapter: Adapter) -> Iterator[tuple[str, torch.Tensor, bool | None]]:
+    """(target, tensor, whether it is stored as [in, out]), one tensor in memory at a time; matched as `fusedmerge merge` matches them."""
+    from safetensors import safe_open
 
-    files = {canonical_name(key): (file, key) for file, keys in _checkpoint_files(base) for key in keys}
-    files = {**_without_prefix(files), **files}
-    missing = [target for target in adapter.targets if target not in files]
-    if missing:
-        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise UnknownNameError("inspect", f'targets of adapter "{adapter.name}"', f"weights that {base} has", f"no {shown}")
-    by_file: dict[Path, list[str]] = defaultdict(list)
-    for target in adapter.targets:
-        by_file[files[target][0]].append(target)
-    for file, targets in by_file.items():
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for target in targets:
-                    yield target, tensors.get_tensor(files[target][1])
-        except SafetensorError as error:
-            raise FormatError("inspect", str(file), "a whole safetensors file", error) from error
+    from fusedmerge.checkpoint_files import open_base
+    from fusedmerge.checkpoint_names import NameMap, describe
 
-
-def _without_prefix(files: Mapping[str, tuple[Path, str]]) -> dict[str, tuple[Path, str]]:
-    """Checkpoints of the bare backbone lack the head model's prefix: layers.0... for model.layers.0..., h.0... for transformer.h.0..."""
-    return {f"{prefix}.{name}": where for name, where in files.items() for prefix in ("model", "transformer")}
-
-
-def _checkpoint_files(base: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Each safetensors file of a checkpoint directory, with its tensors' names."""
-    from safetensors import SafetensorError, safe_open
-
-    if not base.is_dir():
-        raise MissingFileError("inspect", "--base", "a checkpoint directory", str(base))
-    index = base / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise FormatError("inspect", str(index), "an index with a weight_map", error) from error
-        paths = [base / name for name in names]
-    else:
-        paths = sorted(base.glob("*.safetensors"))
-    if not paths:
-        raise MissingFileError("inspect", "--base", "a directory with safetensors files", str(base))
-    for path in paths:
-        if not path.is_file():
-            raise MissingFileError("inspect", "--base", "every file that the index names", f"no {path}")
-        try:
-            with safe_open(path, framework="pt") as tensors:
-                yield path, list(tensors.keys())
-        except (SafetensorError, OSError) as error:
-            raise FormatError("inspect", str(path), "a whole safetensors file", error) from error
+    try:
+        base = open_base(directory)
+    except FusedMergeError as error:
+        error.operation = _OP
+        raise
+    names = NameMap(base.tensors, base.config, describe(base.directory, base.config, list(base.tensors)))
+    matches = names.find(adapter.targets, adapter.name, _OP)
+    for shard, header in base.shards.items():
+        with safe_open(base.directory / shard, framework="pt") as tensors:
+            for target, match in matches.items():
+                if match.disk in header.entries:
+                    yield target, tensors.get_tensor(match.disk), match.transposed
 
 
 # ---------------------------------------------------------------------- text
@@ -242,19 +208,21 @@ def render(found: Inspection) -> str:
     """The inspection as text."""
     config = found.config
     scaling = "alpha / sqrt(r)" if config.get("use_rslora") else "alpha / r"
+    total, size = found.total, f"{found.nbytes / 2**20:.2f} MiB {'/'.join(found.dtypes)}"
     head = [
         f'adapter "{found.name}"  ({found.directory})',
-        f"  {found.total.num_targets} targets, {found.total.num_parameters:,} parameters, {found.nbytes / 2**20:.2f} MiB {'/'.join(found.dtypes)}",
+        f"  {total.num_targets} targets, {total.num_parameters:,} parameters, {size}",
         f"  r {config.get('r', '?')}, lora_alpha {config.get('lora_alpha', '?')}, scaling = {scaling}",
     ]
     if config.get("base_model_name_or_path"):
         head.append(f"  trained on {config['base_model_name_or_path']}")
     judged = found.base is not None
     columns = ["group", "targets", "rank", "scaling", "parameters", "|delta|", *(["|delta|/|W|", "lost to rounding"] if judged else [])]
-    table = text_table(columns, [_row(group, judged) for group in [*found.groups, found.total]])
+    table = text_table(columns, [_row(group, judged) for group in [*found.groups, total]])
     tail = []
     if judged:
-        tail = [f"lost to rounding: elements with delta != 0 that keep the base's own bits once rounded to {found.rounding} (base: {found.base})"]
+        lost = f"lost to rounding: weights with delta != 0 that keep the base's value once rounded to {found.rounding}"
+        tail = [f"base: {found.base}", lost]
     return "\n".join([*head, "", table, *([""] if tail else []), *tail])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ INK, MUTED = "#1f2933", "#7b8794"
 COLOURS = ("#c2410c", "#7c6a0a", "#0f766e")
 DRIFT = {"peft": "PEFT unmerge + merge", "inplace": "Switcher, inplace", "exact": "Switcher, exact"}
 REQUIRED = ("suite", "device", "driver", "versions", "git_commit", "date", "setting", "cases")
+REQUIRED_OF_CASE = ("name", "group", "median_ms", "samples_ms")
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
@@ -50,19 +52,13 @@ def plot_drift(found: Mapping[str, Any], path: Path) -> None:
     axes.axhline(floor * 2.2, color=MUTED, linewidth=0.8, linestyle=":")
     axes.set_ylim(floor, max([*values, found["delta"]]) * 2)
     ticks = [10.0**e for e in range(-12, 3) if floor * 2.2 < 10.0**e <= axes.get_ylim()[1]]
-    axes.set_yticks([floor, *ticks], labels=["0", *(f"$10^{{{round(_log10(t))}}}$" for t in ticks)])
+    axes.set_yticks([floor, *ticks], labels=["0", *(f"$10^{{{round(math.log10(t))}}}$" for t in ticks)])
     axes.minorticks_off()
     axes.set_xlabel("switches, then the mixture taken out", color=INK)
     axes.set_ylabel("|W - W0| / |W0|", color=INK)
     axes.set_title("What switching leaves behind in the weights (bfloat16)", loc="left", color=INK, fontsize=11)
     axes.legend(frameon=False, fontsize=8.5, loc="center right")
     figure.savefig(path)
-
-
-def _log10(value: float) -> float:
-    import math
-
-    return math.log10(value)
 
 
 # ---------------------------------------------------------------------- perf/results
@@ -80,7 +76,8 @@ def _load(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
         missing = [name for name in REQUIRED if name not in found]
-        missing += [f"cases[{i}].{name}" for i, case in enumerate(found.get("cases", ())) for name in ("name", "group", "median_ms", "samples_ms") if name not in case]
+        for index, case in enumerate(found.get("cases", ())):
+            missing += [f"cases[{index}].{name}" for name in REQUIRED_OF_CASE if name not in case]
     except (ValueError, TypeError, AttributeError) as error:
         raise FormatError("plot", str(path), "results as perf/ writes them", error) from error
     if missing:
@@ -131,7 +128,8 @@ def suite_markdown(suite: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in suite["versions"].items())
     driver = f", driver {suite['driver']}" if suite["driver"] else ""
     dirty = " with uncommitted changes" if suite.get("git_dirty") else ""
-    head = f"{suite['setting'].get('text', suite['suite'])}. {suite.get('processor') or suite['device']}{driver}; {versions}; commit {str(suite['git_commit'])[:10]}{dirty}, {suite['date'][:10]}."
+    where = f"{suite.get('processor') or suite['device']}{driver}; {versions}"
+    head = f"{suite['setting']['text']}. {where}; commit {str(suite['git_commit'])[:10]}{dirty}, {suite['date'][:10]}."
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for case in suite["cases"]:
         groups.setdefault(case["group"], []).append(case)
@@ -146,7 +144,7 @@ def _group_table(name: str, cases: list[Mapping[str, Any]]) -> str:
         "GB/s": [_rate(case) for case in cases],
         "of copy": [_optional(case.get("fraction_of_copy"), ".0%") for case in cases],
         "misrounded": [percent(case["error"]["misrounded"]) if case.get("error") else "" for case in cases],
-        "max error, ulp": [f"{case['error']['max_ulp']:.3f}" if case.get("error") else "" for case in cases],
+        "max error / bound": [f"{case['error']['of_bound']:.3g}" if case.get("error") else "" for case in cases],
     }
     kept = {title: cells for title, cells in columns.items() if any(cells)}
     rows = [[case.get("title", case["name"]), *(cells[index] for cells in kept.values())] for index, case in enumerate(cases)]
@@ -177,7 +175,8 @@ def plot_suite(suite: Mapping[str, Any], path: Path) -> None:
         low, high = samples[len(samples) // 10], samples[-1 - len(samples) // 10]
         axes.barh(row, case["median_ms"], color=COLOURS[2] if row == 0 else "#9aa5b1", height=0.62)
         axes.plot([low, high], [row, row], color=INK, linewidth=1)
-        axes.annotate(_time(case["median_ms"]), (max(high, case["median_ms"]), row), (5, 0), textcoords="offset points", va="center", fontsize=8, color=INK)
+        end = (max(high, case["median_ms"]), row)
+        axes.annotate(_time(case["median_ms"]), end, (5, 0), textcoords="offset points", va="center", fontsize=8, color=INK)
     axes.set_yticks(range(len(cases)), labels=[case.get("title", case["name"]) for case in cases], fontsize=8.5)
     axes.invert_yaxis()
     axes.margins(x=0.14)

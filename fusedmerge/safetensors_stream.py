@@ -6,11 +6,12 @@ A file is: uint64 header length (little endian), JSON header {name: {dtype, shap
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,11 +20,14 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from fusedmerge.errors import FormatError
 
 if TYPE_CHECKING:
+    from typing import Self
+
     import torch
 
-__all__ = ["Entry", "Header", "Layout", "StreamWriter", "dtype_code", "itemsize", "read_header", "read_into", "torch_dtype"]
+__all__ = ["Entry", "Header", "Layout", "StreamWriter", "itemsize", "read_chunks", "read_header", "read_into", "torch_dtype"]
 
 _MAX_HEADER = 100_000_000  # the reference implementation's own limit
+_CHUNK = 4 << 20  # bytes
 _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
     "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64,
@@ -49,6 +53,7 @@ class Header:
     """One file's tensors, in the order of their bytes, and its metadata."""
 
     path: Path
+    data: int  # where the tensors' bytes begin
     entries: Mapping[str, Entry]
     metadata: Mapping[str, str]
 
@@ -58,11 +63,6 @@ def torch_dtype(code: str) -> torch.dtype | None:
     import torch
 
     return getattr(torch, _TORCH[code]) if code in _TORCH else None
-
-
-def dtype_code(dtype: torch.dtype) -> str:
-    """The code of a floating dtype."""
-    return {name: code for code, name in _TORCH.items()}[str(dtype).removeprefix("torch.")]
 
 
 def itemsize(code: str) -> int:
@@ -75,8 +75,8 @@ def read_header(path: Path, operation: str) -> Header:
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0  # noqa: PLR2004
-        if not 2 <= length <= min(_MAX_HEADER, size - 8):  # noqa: PLR2004  (an empty header is "{}")
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 2 <= length <= min(_MAX_HEADER, size - 8):  # an empty header is "{}"
             raise FormatError(operation, str(path), "a safetensors file", f"{size} bytes that begin with {prefix!r}")
         text = file.read(length)
     try:
@@ -93,7 +93,7 @@ def read_header(path: Path, operation: str) -> Header:
         end += entry.nbytes
     if end != size:
         raise FormatError(operation, str(path), f"{end} bytes, as its header says", f"{size} (was the file cut short?)")
-    return Header(path, {entry.name: entry for entry in entries}, {str(k): str(v) for k, v in metadata.items()})
+    return Header(path, 8 + length, {entry.name: entry for entry in entries}, {str(k): str(v) for k, v in metadata.items()})
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -126,6 +126,15 @@ def read_into(file: BinaryIO, offset: int, into: memoryview, operation: str) -> 
         done += count
 
 
+def read_chunks(file: BinaryIO, entry: Entry, operation: str) -> Iterator[memoryview]:
+    """A tensor's bytes, piece by piece; each piece is overwritten by the next."""
+    buffer = memoryview(bytearray(min(_CHUNK, entry.nbytes)))
+    for done in range(0, entry.nbytes, _CHUNK):
+        block = buffer[: min(_CHUNK, entry.nbytes - done)]
+        read_into(file, entry.start + done, block, operation)
+        yield block
+
+
 class StreamWriter:
     """Writes a file from front to back: first the header, then the tensors' bytes in the order of `tensors`.
 
@@ -145,7 +154,7 @@ class StreamWriter:
         self._file = self._tmp.open("wb")
         self._file.write(struct.pack("<Q", len(text)) + text)
 
-    def __enter__(self) -> StreamWriter:
+    def __enter__(self) -> Self:
         return self
 
     def write(self, data: memoryview) -> None:
@@ -165,7 +174,5 @@ class StreamWriter:
         os.replace(self._tmp, self._path)
 
     def _abandon(self) -> None:
-        try:
+        with contextlib.suppress(OSError):  # closing flushes; on a full disk that fails again, and the first error is the one to report
             self._file.close()
-        except OSError:
-            pass  # closing flushes; on a full disk that fails again, and the first error is the one to report

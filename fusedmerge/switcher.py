@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from fusedmerge.backend import choose
-from fusedmerge.backend.cpu import CpuSwitch, Segment
+from fusedmerge.backend.cpu import Segment, TorchSwitch
 from fusedmerge.bank import AdapterBank
 from fusedmerge.errors import DeviceError, DtypeError, InvalidTypeError, InvalidValueError, StateError
 from fusedmerge.memory import require_memory
@@ -30,8 +31,9 @@ class Switcher:
     trace and `restore()` gives the original bits. "inplace": no copy; the last mixture is subtracted as the new one is added, which
     rounds at every switch and drifts.
 
-    The bank may hold other targets than the weights? No: every target must be there, once, plain, writable, of the bank's dtype (or with
-    a float32 bank) and on its device. Storage never moves. Not thread-safe.
+    Every target of the bank must be there: once, unquantised, in the bank's dtype (or with a float32 bank), on its device. Storage never
+    moves. Writes are made under no_grad and bump version counters, so that a stale backward raises. Not thread-safe. A Switcher that is
+    dropped without `restore` or `close` leaves its mixture in the weights.
     """
 
     def __init__(self, weights: Weights, bank: AdapterBank, mode: str = "exact") -> None:
@@ -41,6 +43,7 @@ class Switcher:
         if mode not in ("exact", "inplace"):
             raise InvalidValueError(operation, "mode", '"exact" or "inplace"', repr(mode))
         found = collect(weights, operation)
+        _warn_of_live_adapters(weights)
         live = check_writable({name: bank.target(name).spec.shape for name in bank.targets}, found, operation)
         _check_factors(bank, live, operation)
         device = next(iter(live.values())).device
@@ -55,7 +58,7 @@ class Switcher:
         self._segments = [
             Segment(tensor, tensor.clone() if mode == "exact" else None, bank.target(name)) for name, tensor in live.items()
         ]
-        self._engine: CpuSwitch | None = CpuSwitch(self._segments)
+        self._engine: TorchSwitch | None = TorchSwitch(self._segments)
         self._labels: dict[Mixture, Named] = {(): ()}
         _switchers.add(self)
 
@@ -147,7 +150,7 @@ class Switcher:
         engine.apply(mixture)
         self.bank.pin(self, frozenset(slot for slot, _ in mixture))
 
-    def _open(self, operation: str) -> CpuSwitch:
+    def _open(self, operation: str) -> TorchSwitch:
         if self._engine is None:
             raise StateError(operation, "Switcher", "an open one", "a closed one")
         return self._engine
@@ -170,6 +173,13 @@ class Switcher:
             for name, live in self._live.items():
                 if any(overlap(live, tensor) for tensor in storages.get(live.untyped_storage().data_ptr(), ())):
                     raise StateError(operation, name, "weights that no other Switcher has merged", f"weights shared with {other!r}")
+
+
+def _warn_of_live_adapters(weights: Weights) -> None:
+    """PEFT layers that are switched on add their own active adapters to whatever is merged into their base weights."""
+    modules = weights.modules() if hasattr(weights, "modules") else ()
+    if any(hasattr(m, "lora_A") and not m.disable_adapters and m.active_adapters for m in modules):
+        warnings.warn("Switcher: the model's own PEFT adapters are active and add to the mixture; disable_adapter_layers() first", stacklevel=3)
 
 
 def _check_factors(bank: AdapterBank, live: dict[str, torch.Tensor], operation: str) -> None:

@@ -39,6 +39,20 @@ def test_folding_gates_into_16_bit_factors_would_be_seen():
         kit.assert_merged(folded.bfloat16(), weights["w0"], target, [(2, 0.3)])
 
 
+def test_a_lower_matmul_precision_chosen_for_the_model_does_not_reach_the_weights():
+    weights = kit.make_weights([(256, 300)], torch.float32)
+    base = weights["w0"].clone()
+    bank = kit.make_bank(weights)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")  # bfloat16 products
+    try:
+        fm.Switcher(weights, bank).switch({"a3": 1.0})
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    kit.assert_merged(weights["w0"], base, bank.target("w0"), [(3, 1.0)])
+
+
 @pytest.mark.parametrize("dtype", kit.DTYPES)
 def test_ten_thousand_switches_leave_no_trace(dtype):
     weights = kit.make_weights([(9, 31), (17, 5)], dtype)

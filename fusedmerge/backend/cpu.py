@@ -1,4 +1,4 @@
-"""The switch on the CPU: live = round(source + sum_e c_e B_e A_e), one rounding, a block of rows at a time.
+"""The switch on the CPU in torch: live = round(source + sum_e c_e B_e A_e), one rounding, a block of rows at a time.
 
 A block is small enough to stay in cache: its source rows are widened to float32 in a reused workspace, one float32 GEMM adds all experts
 (their coefficients folded into *float32* copies of B, never into 16-bit factors), and the result is rounded once into the live rows.
@@ -10,7 +10,8 @@ and the next `apply` finishes or undoes exactly what is left.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from fusedmerge.bank import BankTarget
 
-__all__ = ["BLOCK_ELEMENTS", "CpuSwitch", "Expert", "Segment", "merge_rows", "row_blocks", "wide_factors"]
+__all__ = ["BLOCK_ELEMENTS", "TorchSwitch", "Expert", "Segment", "difference", "exact_products", "merge_rows", "ordered", "row_blocks", "wide_factors"]
 
 BLOCK_ELEMENTS = 1 << 18  # 1 MiB of float32: stays in one core's L2 cache beside the factors
 
@@ -44,13 +45,15 @@ class Segment:
     factors: BankTarget
 
     def experts(self, mixture: Mixture) -> list[Expert]:
-        found = []
-        for slot, gate in mixture:
-            rank = self.factors.ranks[slot]
-            if rank:
-                a, b = self.factors.a[slot, :rank], self.factors.b[slot, :, :rank]
-                found.append(Expert(a, b, gate * self.factors.scaling[slot].item()))
-        return found
+        """The mixture's experts on this target, `ordered`."""
+        f = self.factors
+        ranked = [(slot, f.ranks[slot], gate * f.scaling[slot].item()) for slot, gate in mixture]
+        return ordered(Expert(f.a[slot, :rank], f.b[slot, :, :rank], coefficient) for slot, rank, coefficient in ranked)
+
+
+def ordered(experts: Iterable[Expert]) -> list[Expert]:
+    """The experts that change anything, in ascending order of |coefficient|: one order of addition, whatever the caller wrote."""
+    return sorted((e for e in experts if e.coefficient and e.a.shape[0]), key=lambda expert: abs(expert.coefficient))
 
 
 def row_blocks(rows: int, cols: int) -> list[slice]:
@@ -60,13 +63,12 @@ def row_blocks(rows: int, cols: int) -> list[slice]:
 
 
 def wide_factors(experts: Sequence[Expert]) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """All experts as one float32 pair a [K, cols] and b [rows, K] with the coefficients in b, ascending in size; None for no expert."""
+    """Experts (`ordered`) as one float32 pair a [K, cols] and b [rows, K] with the coefficients in b; None for no expert."""
     import torch
 
-    used = sorted((e for e in experts if e.coefficient != 0), key=lambda e: abs(e.coefficient))
-    if not used:
+    if not experts:
         return None
-    return torch.cat([e.a for e in used]).float(), torch.cat([e.b.float() * e.coefficient for e in used], dim=1)
+    return torch.cat([e.a for e in experts]).float(), torch.cat([e.b.float() * e.coefficient for e in experts], dim=1)
 
 
 def merge_rows(
@@ -84,6 +86,30 @@ def merge_rows(
     block.copy_(source[rows])
     block.addmm_(b[rows], a)
     live[rows].copy_(block)
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Float32 products in float32, whatever the caller chose for its model: bfloat16 or TF32 would spoil the single rounding."""
+    import torch
+
+    if not hasattr(torch.backends.mkldnn, "matmul"):  # torch before 2.9
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(precision)
+        return
+    switches = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
+    kept = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = "ieee"
+        yield
+    finally:
+        for switch, precision in zip(switches, kept, strict=True):
+            switch.fp32_precision = precision
 
 
 class _Block:
@@ -106,7 +132,7 @@ class _Block:
             self.pending = None
 
 
-class CpuSwitch:
+class TorchSwitch:
     """One Switcher's engine: sets the mixture of all segments. `mixture` is None while blocks differ (an interrupted `apply`)."""
 
     def __init__(self, segments: Sequence[Segment]) -> None:
@@ -126,7 +152,7 @@ class CpuSwitch:
             return
         self.mixture = None
         self._forced = False
-        with torch.no_grad():
+        with torch.no_grad(), exact_products():
             for blocks in self._blocks:
                 self._apply_segment(blocks, mixture)
         self.mixture = mixture
@@ -139,7 +165,7 @@ class CpuSwitch:
             if block.mixture == mixture:
                 continue
             segment = block.segment
-            source, change = (segment.base, mixture) if segment.base is not None else (segment.live, _difference(mixture, block.mixture))
+            source, change = (segment.base, mixture) if segment.base is not None else (segment.live, difference(mixture, block.mixture))
             if change not in widened:
                 widened[change] = wide_factors(segment.experts(change))
             block.pending = (mixture, segment.live._version)
@@ -153,7 +179,7 @@ class CpuSwitch:
             self._forced = True
 
 
-def _difference(new: Mixture, old: Mixture | None) -> Mixture:
+def difference(new: Mixture, old: Mixture | None) -> Mixture:
     """new - old as one mixture: an expert in both costs one rounding of its gates' difference, not two passes."""
     gates = dict(new)
     for slot, gate in old or ():

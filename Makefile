@@ -1,0 +1,63 @@
+# fusedmerge from a fresh clone, with python3, a C++ compiler and make:
+#   make demo       install into .venv and run the main job on real adapters
+#   make test       install and run everything that needs no GPU; make test-fast leaves the slow tests out
+#   make lint       ruff, mypy, clang-format
+#   make bench      the benchmarks in perf/
+# PYTHON=      the interpreter to start from
+# VENV=        the environment to install into; none: the current one as it is (no pins, nothing downloaded)
+# TORCH_INDEX= the package index to take torch from
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?=
+
+ifeq ($(VENV),none)
+BIN :=
+PY := $(PYTHON)
+STAMP := build/installed
+else
+BIN := $(VENV)/bin/
+PY := $(BIN)python
+STAMP := $(VENV)/installed
+endif
+
+# One thread per test process: the processes share the cores.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --maxprocesses 4 --benchmark-disable
+CPP_FILES := $(shell find $(wildcard python cuda tests examples) -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: demo test test-fast lint bench clean
+.DELETE_ON_ERROR:
+
+demo: $(STAMP)
+	$(PY) -m fusedmerge demo
+
+test: $(STAMP)
+	$(PYTEST)
+
+test-fast: $(STAMP)
+	$(PYTEST) -m "not slow"
+
+lint: $(STAMP)
+	$(BIN)ruff check .
+	$(BIN)ruff format --check .
+	$(BIN)mypy
+	$(BIN)clang-format --dry-run -Werror $(CPP_FILES)
+
+bench: $(STAMP)
+	$(PY) -m pytest perf --benchmark-only
+
+-include tests/sim/sim.mk
+
+clean:
+	rm -rf build .venv
+
+$(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard cmake/*.cmake python/*.cpp python/*.h)
+ifeq ($(VENV),none)
+	$(PY) -m pip install --no-build-isolation --no-deps --editable .
+	@mkdir -p $(@D)
+else
+	@$(PYTHON) -c "import ensurepip, venv" || { echo "make: $(PYTHON) cannot make environments: install python3-venv, or give VENV=none" >&2; exit 1; }
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(if $(TORCH_INDEX),$(PY) -m pip install torch --constraint constraints.txt --index-url $(TORCH_INDEX))
+	$(PY) -m pip install --editable ".[test,bench,dev]" --constraint constraints.txt
+endif
+	@touch $@

@@ -1,0 +1,134 @@
+// Number types and octets: eight neighbouring columns of one row, the unit in which weights move between memory and registers.
+//
+// An octet is 16 bytes of a 16-bit type (one access), 32 of float32 (two), 8 of fp8 (one). Where a row is not aligned, or fewer than eight
+// columns remain, it is loaded and stored element by element; the arithmetic is the same, and so are the bits.
+#pragma once
+
+#include "params.cuh"
+#include "ptx.cuh"
+
+namespace fusedmerge {
+
+struct alignas(16) Words4 {
+    unsigned words[4];
+};
+
+template <class T>
+struct Octet {
+    static constexpr int kWords = 2 * static_cast<int>(sizeof(T));
+    static constexpr int kPerWord = 4 / static_cast<int>(sizeof(T));
+    unsigned words[kWords];
+};
+
+FM_DEVICE unsigned element_bits(float x) { return float_to_bits(x); }
+template <class T>
+FM_DEVICE unsigned element_bits(T x) {
+    return x.bits;
+}
+FM_DEVICE void set_element(float& x, unsigned bits) { x = bits_to_float(bits); }
+template <class T>
+FM_DEVICE void set_element(T& x, unsigned bits) {
+    x.bits = static_cast<decltype(x.bits)>(bits);
+}
+
+template <class T>
+FM_DEVICE void load_vector(Octet<T>& octet, const T* from, unsigned long long policy) {
+    if constexpr (sizeof(T) == 1) {
+        stream_load_8(octet.words, from, policy);
+    } else {
+        FM_UNROLL
+        for (int i = 0; i < octet.kWords; i += 4) stream_load_16(octet.words + i, reinterpret_cast<const char*>(from) + 4 * i, policy);
+    }
+}
+
+template <class T>
+FM_DEVICE void load_elements(Octet<T>& octet, const T* from, int num_cols) {
+    constexpr int kPerWord = Octet<T>::kPerWord;
+    FM_UNROLL
+    for (int i = 0; i < octet.kWords; ++i) octet.words[i] = 0;
+    FM_UNROLL
+    for (int i = 0; i < 8; ++i) {
+        if (i < num_cols) octet.words[i / kPerWord] |= element_bits(from[i]) << (i % kPerWord * (32 / kPerWord));
+    }
+}
+
+// `num_cols` columns of the row remain from here on; at most eight are read, missing ones are zero.
+template <class T>
+FM_DEVICE void load_octet(Octet<T>& octet, const T* from, int num_cols, bool aligned, unsigned long long policy) {
+    if (aligned && num_cols >= 8) {
+        load_vector(octet, from, policy);
+    } else {
+        load_elements(octet, from, num_cols);
+    }
+}
+
+template <class T>
+FM_DEVICE void store_octet(T* to, const Octet<T>& octet, int num_cols, bool aligned, unsigned long long policy) {
+    constexpr int kPerWord = Octet<T>::kPerWord;
+    if (aligned && num_cols >= 8) {
+        FM_UNROLL
+        for (int i = 0; i < octet.kWords; i += 4) stream_store_16(reinterpret_cast<char*>(to) + 4 * i, octet.words + i, policy);
+    } else {
+        FM_UNROLL
+        for (int i = 0; i < 8; ++i) {
+            if (i < num_cols) set_element(to[i], octet.words[i / kPerWord] >> (i % kPerWord * (32 / kPerWord)));
+        }
+    }
+}
+
+// `scale` belongs to fp8 alone; the product is rounded to float32, which is what "the base value" means.
+template <class T>
+FM_DEVICE void widen_octet(float (&values)[8], const Octet<T>& octet, float scale) {
+    FM_UNROLL
+    for (int i = 0; i < octet.kWords; ++i) {
+        if constexpr (kSame<T, float>) {
+            values[i] = bits_to_float(octet.words[i]);
+        } else if constexpr (kSame<T, Fp8E4M3>) {
+            FM_UNROLL
+            for (int j = 0; j < 4; ++j) values[4 * i + j] = multiply(scale, widen_fp8(octet.words[i] >> (8 * j) & 0xffu));
+        } else {
+            widen_pair(values[2 * i], values[2 * i + 1], octet.words[i], T{});
+        }
+    }
+}
+
+template <class T>
+FM_DEVICE void narrow_octet(Octet<T>& octet, const float (&values)[8]) {
+    FM_UNROLL
+    for (int i = 0; i < octet.kWords; ++i) {
+        if constexpr (kSame<T, float>) {
+            octet.words[i] = float_to_bits(values[i]);
+        } else {
+            octet.words[i] = narrow_pair(values[2 * i], values[2 * i + 1], T{});
+        }
+    }
+}
+
+template <class T>
+FM_DEVICE bool all_finite(const Octet<T>& octet) {
+    constexpr unsigned kExponent = kSame<T, float> ? 0x7f800000u : kSame<T, Bf16> ? 0x7f80u : 0x7c00u;
+    bool finite = true;
+    FM_UNROLL
+    for (int i = 0; i < octet.kWords; ++i) {
+        finite &= (octet.words[i] & kExponent) != kExponent;
+        if constexpr (!kSame<T, float>) finite &= (octet.words[i] >> 16 & kExponent) != kExponent;
+    }
+    return finite;
+}
+
+// The scale of an fp8 source at an element; a lane's octet never crosses a scale block (8 divides 128).
+FM_DEVICE float scale_at(const SwitchSegment& segment, int row, int col) {
+    if (segment.source_scale == nullptr) return 1.0f;
+    return segment.source_scale[(row >> segment.scale_row_shift) * segment.scale_stride + (col >> segment.scale_col_shift)];
+}
+
+// Rounds and stores eight values of one row; says whether every one is finite.
+template <class Live>
+FM_DEVICE bool store_values(Live* to, const float (&values)[8], int num_cols, bool aligned, unsigned long long policy) {
+    Octet<Live> octet;
+    narrow_octet(octet, values);
+    store_octet(to, octet, num_cols, aligned, policy);
+    return all_finite(octet);
+}
+
+}  // namespace fusedmerge

@@ -1,0 +1,94 @@
+"""The switch on the CPU in one call of the compiled extension: every target, every expert, all threads (python/merge_cpu.h).
+
+State. The call cannot be interrupted half way: it runs without the GIL, allocates before its first write, and sets a flag at its end. So
+the weights hold the old mixture or the new one, and the flag tells which, whatever interrupts the Python around the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fusedmerge.backend.cpu import Segment, difference
+from fusedmerge.selection import Mixture
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["NativeSwitch", "extension"]
+
+
+def extension() -> Any:
+    """The compiled extension, or None where it was not built."""
+    try:
+        from fusedmerge import _ext
+    except ImportError:
+        return None
+    return _ext
+
+
+def _dtype_code(dtype: torch.dtype) -> int:
+    return {"torch.float32": 0, "torch.bfloat16": 1, "torch.float16": 2}[str(dtype)]
+
+
+class NativeSwitch:
+    """One Switcher's engine. `mixture` is never unknown."""
+
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        self._segments = list(segments)
+        self._rows = np.array([_segment_row(s) for s in self._segments], dtype=np.int64)  # [S, 8]
+        self._held: Mixture = ()
+        self._pending: Mixture | None = None
+        self._done = np.zeros(1, dtype=np.int64)  # set by the extension after its last write
+        self._forced = False
+
+    @property
+    def mixture(self) -> Mixture:
+        """What the weights hold."""
+        if self._pending is not None and self._done[0]:
+            self._bump_versions()
+            self._held = self._pending
+        self._pending = None
+        return self._held
+
+    def apply(self, mixture: Mixture) -> None:
+        """Set every segment to `mixture`, at once or not at all."""
+        import torch
+
+        held = self.mixture
+        if mixture == held and not self._forced:
+            return
+        exact = self._segments[0].base is not None
+        experts, coefficients = self._experts(mixture if exact else difference(mixture, held))
+        self._done[0] = 0
+        self._pending = mixture
+        extension().merge_cpu(self._rows, experts, coefficients, torch.get_num_threads(), done=self._done)
+        self._forced = self.mixture != mixture
+
+    def invalidate(self) -> None:
+        """Write everything at the next `apply`. In inplace mode there is nothing to write from, and this does nothing."""
+        self._forced = self._segments[0].base is not None
+
+    def _experts(self, change: Mixture) -> tuple[np.ndarray, np.ndarray]:
+        """The experts' table [E, 6] and coefficients [E]; also notes in each segment's row where its experts end."""
+        table, coefficients = [], []
+        for row, segment in zip(self._rows, self._segments, strict=True):
+            for e in segment.experts(change):
+                a, b = e.a, e.b
+                table.append((a.data_ptr(), b.data_ptr(), a.stride(0), b.stride(0), a.shape[0], _dtype_code(a.dtype)))
+                coefficients.append(e.coefficient)
+            row[7] = len(table)
+        return np.array(table, dtype=np.int64).reshape(-1, 6), np.array(coefficients, dtype=np.float64)
+
+    def _bump_versions(self) -> None:
+        import torch
+
+        torch.autograd.graph.increment_version([segment.live for segment in self._segments])
+
+
+def _segment_row(segment: Segment) -> tuple[int, ...]:
+    live, source = segment.live, segment.live if segment.base is None else segment.base
+    strides = live.stride(0), source.stride(0)
+    return (live.data_ptr(), source.data_ptr(), live.shape[0], live.shape[1], *strides, _dtype_code(live.dtype), 0)

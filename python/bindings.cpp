@@ -1,0 +1,109 @@
+// Python bindings: tables of pointers and strides in, no logic. fusedmerge/backend/cpu.py builds the tables.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+
+#include "merge_cpu.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace fusedmerge {
+namespace {
+
+constexpr int kSegmentFields = 8;
+constexpr int kExpertFields = 6;
+
+template <class T, int kDims>
+using Table = nb::ndarray<const T, nb::numpy, nb::ndim<kDims>, nb::c_contig, nb::device::cpu>;
+
+[[noreturn]] void fail(const std::string& field, const std::string& expected, const std::string& got) {
+    throw nb::value_error(("merge_cpu: " + field + ": expected " + expected + ", got " + got).c_str());
+}
+
+void expect(bool holds, const char* field, const std::string& expected, int64_t got) {
+    if (!holds) fail(field, expected, std::to_string(got));
+}
+
+template <class T>
+T* pointer(int64_t address) {
+    return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
+}
+
+Dtype dtype(const char* field, int64_t code) {
+    expect(code >= 0 && code <= 2, field, "0 (float32), 1 (bfloat16) or 2 (float16)", code);
+    return static_cast<Dtype>(code);
+}
+
+Expert expert(const int64_t* row, double coefficient, const Segment& s) {
+    const Expert e{pointer<const void>(row[0]),     pointer<const void>(row[1]),   row[2], row[3], row[4],
+                   static_cast<float>(coefficient), dtype("experts dtype", row[5])};
+    expect(e.rank >= 0, "experts rank", "at least 0", e.rank);
+    expect(e.rank < 2 || e.a_stride >= s.cols, "experts a_stride", "at least " + std::to_string(s.cols), e.a_stride);
+    expect(s.rows < 2 || e.b_stride >= e.rank, "experts b_stride", "at least " + std::to_string(e.rank), e.b_stride);
+    return e;
+}
+
+Segment segment(const int64_t* row) {
+    Segment s{pointer<void>(row[0]), pointer<const void>(row[1]), row[2], row[3], row[4], row[5], dtype("segments dtype", row[6]), {}};
+    expect(s.rows >= 0, "segments rows", "at least 0", s.rows);
+    expect(s.cols >= 0, "segments cols", "at least 0", s.cols);
+    expect(s.rows < 2 || s.live_stride >= s.cols, "segments live_stride", "at least " + std::to_string(s.cols), s.live_stride);
+    expect(s.rows < 2 || s.source_stride >= s.cols, "segments source_stride", "at least " + std::to_string(s.cols), s.source_stride);
+    return s;
+}
+
+void merge(const Table<int64_t, 2>& segments, const Table<int64_t, 2>& experts, const Table<double, 1>& coefficients, int threads,
+           const std::string& isa) {
+    expect(segments.shape(1) == kSegmentFields, "segments", "8 columns", segments.shape(1));
+    expect(experts.shape(1) == kExpertFields, "experts", "6 columns", experts.shape(1));
+    expect(coefficients.shape(0) == experts.shape(0), "coefficients", std::to_string(experts.shape(0)) + " values", coefficients.shape(0));
+    expect(threads >= 1, "threads", "at least 1", threads);
+    const std::string variant = isa.empty() ? isas().back() : isa;
+    if (std::find(isas().begin(), isas().end(), variant) == isas().end()) fail("isa", "one of isas()", variant);
+
+    std::vector<Segment> list;
+    list.reserve(segments.shape(0));
+    int64_t begin = 0;
+    const int64_t num_experts = experts.shape(0);
+    for (size_t i = 0; i < segments.shape(0); ++i) {
+        const int64_t* row = segments.data() + i * kSegmentFields;
+        list.push_back(segment(row));
+        const int64_t end = row[7];
+        expect(end >= begin && end <= num_experts, "segments experts_end",
+               "a value from " + std::to_string(begin) + " to " + std::to_string(num_experts), end);
+        for (; begin < end; ++begin) {
+            list.back().experts.push_back(expert(experts.data() + begin * kExpertFields, coefficients.data()[begin], list.back()));
+        }
+    }
+    nb::gil_scoped_release release;
+    merge_cpu(std::move(list), threads, variant);
+}
+
+}  // namespace
+}  // namespace fusedmerge
+
+NB_MODULE(_ext, m) {
+    m.doc() = "Compiled kernels of fusedmerge.";
+    m.def("isas", &fusedmerge::isas, "Names of the CPU kernel variants that run here, the best one last.");
+    m.def("isa", [] { return fusedmerge::isas().back(); }, "Name of the CPU kernel variant that `merge_cpu` uses by default.");
+    m.def("merge_cpu", &fusedmerge::merge, "segments"_a.noconvert(), "experts"_a.noconvert(), "coefficients"_a.noconvert(), "threads"_a,
+          nb::kw_only(), "isa"_a = "",
+          R"(live = round(source + sum_e coefficient_e B_e A_e) for every segment, in one call without the GIL.
+
+segments      int64 [S, 8]: live pointer, source pointer, rows, cols, live row stride, source row stride, dtype, experts end
+experts       int64 [E, 6]: a pointer, b pointer, a row stride, b row stride, rank, dtype
+coefficients  float64 [E]: gate * scaling
+threads       at least 1
+isa           one of isas(); "": the best
+
+Segment i owns the experts from segment i - 1's "experts end" to its own. Strides count elements, columns are contiguous; dtype is 0 for
+float32, 1 for bfloat16, 2 for float16. a is [rank, cols], b is [rows, rank]. live may be source; no other overlap.
+The caller keeps all memory alive. Sums are float32, with one rounding to the weight's dtype; experts of coefficient or rank 0 are
+skipped, and a segment without any copies the source's bits. The bits depend on `isa`, not on `threads`.
+
+Raises ValueError for a table that cannot be right, MemoryError if a workspace does not fit; nothing is written then.)");
+}

@@ -1,0 +1,81 @@
+"""Builds the host simulator from the kernel sources: `python tests/sim/build.py [--sanitize]`, a plain g++ (or $CXX) and nothing else.
+
+The library is `build/sim/libfusedmerge_sim.so` (`libfusedmerge_sim_asan.so` with --sanitize; run Python under LD_PRELOAD=libasan.so then).
+A build is skipped while no source is newer than it, and replaces the library by rename, so that two builds at once do no harm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SIM = Path(__file__).resolve().parent
+UNITS = [SIM / "interface.cpp", SIM / "simulator.cpp", SIM / "numbers.cpp", ROOT / "cuda/src/plan.cpp"]
+FLAGS = ["-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-Wall", "-Wextra", "-U_FORTIFY_SOURCE", "-fvisibility=default"]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1", "-O1"]
+
+
+def sources(root: Path = ROOT) -> list[Path]:
+    """Every file that the library is made of."""
+    found = [*(root / "cuda/include").rglob("*.cuh"), *(root / "cuda/src").glob("*.h"), *(root / "tests/sim").glob("*.h")]
+    return [*found, *(root / unit.relative_to(ROOT) for unit in UNITS)]
+
+
+def library(sanitize: bool = False) -> Path:
+    return ROOT / "build/sim" / ("libfusedmerge_sim_asan.so" if sanitize else "libfusedmerge_sim.so")
+
+
+def is_stale(target: Path) -> bool:
+    return not target.exists() or any(source.stat().st_mtime > target.stat().st_mtime for source in [*sources(), Path(__file__)])
+
+
+def compile_library(target: Path, root: Path = ROOT, extra: list[str] | None = None, reuse: Mapping[str, Path] | None = None) -> Path:
+    """Compiles the sources under `root` into `target`; `reuse` names object files for units that need no compiling."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    includes = [f"-I{root / 'cuda/include'}", f"-I{root / 'cuda/src'}", f"-I{root / 'tests/sim'}"]
+    scratch = target.with_suffix(f".{os.getpid()}")
+
+    def compile_unit(unit: Path) -> Path:
+        if reuse and unit.stem in reuse:
+            return reuse[unit.stem]
+        output = scratch.with_name(f"{scratch.name}.{unit.stem}.o")
+        command = [*compiler, *FLAGS, *(extra or []), *includes, "-c", str(root / unit.relative_to(ROOT)), "-o", str(output)]
+        subprocess.run(command, check=True)
+        return output
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_unit, UNITS))
+    linked = scratch.with_name(f"{scratch.name}.so")
+    subprocess.run([*compiler, "-shared", *(extra or []), *map(str, objects), "-o", str(linked)], check=True)
+    linked.replace(target)
+    for path in objects:
+        if not reuse or path not in reuse.values():
+            path.unlink()
+    return target
+
+
+def build(sanitize: bool = False) -> Path:
+    """The library, compiled only if a source is newer."""
+    target = library(sanitize)
+    if is_stale(target):
+        compile_library(target, extra=SANITIZE if sanitize else None)
+    return target
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sanitize", action="store_true", help="with AddressSanitizer and UndefinedBehaviorSanitizer")
+    print(build(parser.parse_args().sanitize))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

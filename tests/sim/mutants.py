@@ -1,0 +1,118 @@
+"""Mutation test of the kernels' synchronisation: `python tests/sim/mutants.py [--jobs 2] [--only TEXT] [--list]`.
+
+Each mutant is the kernel sources with one barrier, one wait or one commit removed, or with one step of the selection's protocol broken. It is
+compiled into its own simulator library and the suite runs against it until a test fails: the mutant is caught. Ends with status 1 where one
+survives. Fences and memory order are not modelled by the simulator; no mutant removes one (docs/kernels/switch.md lists them).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import build
+
+KERNELS = "cuda/include/fusedmerge/kernel"
+REMOVABLE = re.compile(r"^\s*(block_barrier\(\)|copy_async_wait<[^>]*>\(\)|copy_async_commit\(\));")
+UNMUTATED = {"platform.cuh", "ptx.cuh"}  # definitions, not uses
+
+# (file, text, replacement, what it breaks)
+PROTOCOL = [
+    ("selection.cuh", "!= grid_size() - 1) return;", "!= 0) return;", "the first block updates the last selection, not the last one"),
+    ("selection.cuh", "    state.ticket = 0;\n", "", "the ticket is never reset"),
+    ("selection.cuh", "    state.num_last = memory.next.count;\n", "", "the last selection's length is not remembered"),
+    ("selection.cuh", "    state.valid = 1;\n", "", "the state never becomes valid"),
+    ("selection.cuh", "if (bad_id || bad_gate) {", "if (false) {", "an invalid selection is applied"),
+    ("selection.cuh", "if (!block_any(differs)) return false;", "block_any(differs);", "an unchanged selection is applied again"),
+    ("switch.cuh", "finish_selection(selection, params);", "", "nobody takes a ticket"),
+    ("switch_mma.cuh", "if (ratio != 1.0f) rescale(ratio);", "", "experts share one coefficient"),
+]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    file: str
+    line: int
+    title: str
+    text: str  # the whole mutated file
+
+
+def mutants() -> Iterator[Mutant]:
+    for path in sorted((build.ROOT / KERNELS).glob("*.cuh")):
+        if path.name in UNMUTATED:
+            continue
+        lines = path.read_text().splitlines(keepends=True)
+        for i, line in enumerate(lines):
+            if REMOVABLE.match(line):
+                yield Mutant(path.name, i + 1, f"without {line.strip()}", "".join([*lines[:i], "\n", *lines[i + 1 :]]))
+    for file, old, new, title in PROTOCOL:
+        text = (build.ROOT / KERNELS / file).read_text()
+        if text.count(old) != 1:
+            raise SystemExit(f"mutants: {file}: expected {old!r} once, got {text.count(old)} times")
+        yield Mutant(file, text[: text.index(old)].count("\n") + 1, title, text.replace(old, new))
+
+
+def run(mutant: Mutant, place: Path, objects: dict[str, Path]) -> str | None:
+    """The first test that fails, or None."""
+    root = place / "root"
+    for folder in ("cuda", "tests/sim"):
+        shutil.copytree(build.ROOT / folder, root / folder)
+    (root / KERNELS / mutant.file).write_text(mutant.text)
+    library = build.compile_library(place / "mutant.so", root, ["-Wno-unused"], objects)
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", str(build.ROOT / "tests/test_sim_switch.py")]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "FUSEDMERGE_SIM_LIB": str(library)}, timeout=300)
+    except subprocess.TimeoutExpired:
+        return "(did not end)"
+    failed = re.search(r"^(?:FAILED|ERROR) \S+::(\S+)", done.stdout, re.MULTILINE)
+    return failed[1] if failed else None if done.returncode == 0 else f"(pytest ended with {done.returncode})"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--only", default="", help="mutants whose description contains this text")
+    parser.add_argument("--list", action="store_true", help="list them and stop")
+    arguments = parser.parse_args()
+    chosen = [m for m in mutants() if arguments.only in f"{m.file}:{m.line} {m.title}"]
+    if arguments.list:
+        print("\n".join(f"{m.file}:{m.line} {m.title}" for m in chosen))
+        return 0
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(arguments.jobs) as pool:
+        objects = compile_shared_units(Path(scratch))
+
+        def judge(item: tuple[int, Mutant]) -> bool:
+            place = Path(scratch) / str(item[0])
+            place.mkdir()
+            failed = run(item[1], place, objects)
+            print(f"{'caught' if failed else 'SURVIVED':9} {item[1].file}:{item[1].line} {item[1].title}  [{failed or ''}]", flush=True)
+            return failed is not None
+
+        caught = list(pool.map(judge, enumerate(chosen)))
+    print(f"{sum(caught)} of {len(caught)} mutants caught")
+    return 0 if all(caught) else 1
+
+
+def compile_shared_units(scratch: Path) -> dict[str, Path]:
+    """Objects of the units that contain no kernel: the same for every mutant."""
+    objects = {}
+    for unit in build.UNITS:
+        if unit.stem == "interface":
+            continue
+        objects[unit.stem] = scratch / f"{unit.stem}.o"
+        includes = [f"-I{build.ROOT / folder}" for folder in ("cuda/include", "cuda/src", "tests/sim")]
+        subprocess.run(["g++", *build.FLAGS, *includes, "-c", str(unit), "-o", str(objects[unit.stem])], check=True)
+    return objects
+
+
+if __name__ == "__main__":
+    sys.exit(main())

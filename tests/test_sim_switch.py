@@ -1,0 +1,483 @@
+"""The switch kernel's own sources on the host simulator, against float64: values, bits, selection protocol, refusals."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "sim"))
+
+import build
+import harness
+from harness import BAD_GATE, BAD_ID, BF16, FLOAT32, FP8, FP16, NON_FINITE, Launch, check, decode, make_target, options, truth
+
+CORRECT_SHARE = {BF16: 0.999, FP16: 0.995}
+NAMES = {BF16: "bf16", FP16: "fp16", FLOAT32: "float32", FP8: "fp8"}
+
+
+@pytest.fixture(scope="session")
+def lib():
+    """The simulator; FUSEDMERGE_SIM_LIB names another build of it (sanitizers, a mutant)."""
+    given = os.environ.get("FUSEDMERGE_SIM_LIB")
+    return harness.load(Path(given) if given else build.build())
+
+
+@pytest.fixture
+def rng(request):
+    return np.random.default_rng(sum(map(ord, request.node.name)))
+
+
+def bits(targets) -> list[bytes]:
+    return [t.live.tobytes() for t in targets]
+
+
+def poison(targets) -> None:
+    for t in targets:
+        t.live[:] = np.nan if t.live.dtype == np.float32 else 0xFFFF
+
+
+# ---- values ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("live", [BF16, FP16, FLOAT32], ids=NAMES.get)
+@pytest.mark.parametrize(
+    ("rows", "cols", "rank"),
+    [(1, 1, 4), (1, 4096, 16), (4096, 1, 3), (67, 131, 40), (130, 257, 64), (64, 256, 128), (65, 300, 7), (200, 40, 300)],
+)
+def test_shapes(lib, rng, rows, cols, rank, live):
+    target = make_target(rng, rows, cols, rank=rank, live=live)
+    launch = Launch(lib, [target], live=live)
+    ids, gates = [2, 0], [0.7, 0.3]
+    launch.switch(ids, gates)
+    share = check(target, launch, ids, gates)
+    if target.live.size > 4000 and live != FLOAT32:
+        assert share >= CORRECT_SHARE[live]
+
+
+@pytest.mark.parametrize("tensor_core", [0, 1], ids=["a100", "h100"])
+@pytest.mark.parametrize("live", [BF16, FP16], ids=NAMES.get)
+def test_deep_mixture_is_correctly_rounded(lib, rng, live, tensor_core):
+    target = make_target(rng, 70, 264, rank=128, live=live, adapters=8)
+    launch = Launch(lib, [target], live=live)
+    ids, gates = list(range(8)), [0.35, -0.2, 0.3, 0.25, 0.4, -0.31, 0.22, 0.27]
+    launch.switch(ids, gates, how=options(tensor_core=tensor_core))
+    assert check(target, launch, ids, gates) >= CORRECT_SHARE[live]
+
+
+@pytest.mark.parametrize("live", [BF16, FP16], ids=NAMES.get)
+def test_float32_factors(lib, rng, live):
+    target = make_target(rng, 66, 270, rank=20, live=live, factor=FLOAT32)
+    launch = Launch(lib, [target], live=live, factor=FLOAT32)
+    launch.switch([1, 3], [0.4, -0.8])
+    assert check(target, launch, [1, 3], [0.4, -0.8]) >= 0.999
+
+
+@pytest.mark.parametrize("scales", ["tensor", "row", "block"])
+@pytest.mark.parametrize(("live", "factor"), [(BF16, BF16), (FP16, FP16), (BF16, FLOAT32), (FLOAT32, FLOAT32)])
+def test_fp8_base(lib, rng, live, factor, scales):
+    target = make_target(rng, 140, 300, live=live, source=FP8, factor=factor, scales=scales)
+    launch = Launch(lib, [target], live=live, source=FP8, factor=factor)
+    launch.switch([0, 1], [0.5, 0.25])
+    check(target, launch, [0, 1], [0.5, 0.25])
+    launch.switch([], [])
+    assert np.array_equal(target.live, harness.encode(harness.base_values(target, FP8), live))
+
+
+@pytest.mark.parametrize(("live", "source"), [(BF16, FLOAT32), (FP16, FLOAT32), (FLOAT32, BF16), (FLOAT32, FP16)])
+def test_base_of_another_dtype(lib, rng, live, source):
+    target = make_target(rng, 70, 264, live=live, source=source, factor=live)
+    launch = Launch(lib, [target], live=live, source=source)
+    launch.switch([0, 1], [0.5, 0.25])
+    check(target, launch, [0, 1], [0.5, 0.25])
+    launch.switch([], [])
+    assert np.array_equal(target.live, harness.encode(decode(target.base, source), live))
+
+
+@pytest.mark.parametrize(("stride", "shift"), [(777, 0), (776, 0), (776, 3), (262, 2)])
+@pytest.mark.parametrize("live", [BF16, FLOAT32], ids=NAMES.get)
+def test_rows_strided_inside_a_packed_matrix(lib, rng, live, stride, shift):
+    target = make_target(rng, 70, 259, live=live, stride=stride, shift=shift)
+    launch = Launch(lib, [target], live=live)
+    outside = target.live.base.copy() if target.live.base is not None else None
+    launch.switch([0, 1], [0.5, 0.25])
+    check(target, launch, [0, 1], [0.5, 0.25])
+    if outside is not None and stride > 259:  # the other matrices of the pack are untouched
+        whole = np.lib.stride_tricks.as_strided(target.live, (69, stride), target.live.strides)
+        assert (whole[:, 259:].view(np.uint32 if live == FLOAT32 else np.uint16) == (0xFFFFFFFF if live == FLOAT32 else 0xFFFF)).all()
+
+
+def test_segments_of_very_different_size(lib, rng):
+    shapes = [(1, 1), (300, 520), (1024, 256), (3, 4000), (0, 16), (64, 7), (129, 128)]
+    targets = [make_target(rng, rows, cols, rank=rank) for (rows, cols), rank in zip(shapes, [4, 16, 20, 33, 8, 16, 130], strict=True)]
+    launch = Launch(lib, targets, multiprocessors=5)
+    launch.switch([3, 1], [0.9, -0.4], how=options(resident_blocks=3))
+    for target in targets:
+        check(target, launch, [3, 1], [0.9, -0.4])
+
+
+def test_wide_and_tall_columns_of_llama_shapes(lib, rng):
+    targets = [make_target(rng, 4097, 255, rank=8), make_target(rng, 1024, 512, rank=8), make_target(rng, 4096, 256, rank=8)]
+    launch = Launch(lib, targets, multiprocessors=3)
+    launch.switch([1], [1.0])
+    for target in targets:
+        assert check(target, launch, [1], [1.0]) >= CORRECT_SHARE[BF16]
+
+
+def test_ranks_differ_by_adapter_and_target(lib, rng):
+    targets = [make_target(rng, 65, 40, rank=48, ranks=[48, 0, 17, 5]), make_target(rng, 30, 70, rank=16, ranks=[0, 16, 0, 9])]
+    for t in targets:  # beyond an adapter's rank nothing may be read
+        for n, r in enumerate(t.ranks):
+            t.a[n, -(-r // 16) * 16 :] = 0x7FC0
+    launch = Launch(lib, targets)
+    ids, gates = [0, 1, 2, 3], [0.5, 0.6, -0.7, 0.8]
+    launch.switch(ids, gates)
+    for t in targets:
+        t.a[t.a == 0x7FC0] = 0
+        check(t, launch, ids, gates)
+
+
+def test_many_adapters_and_full_selection(lib, rng):
+    target = make_target(rng, 40, 72, rank=4, adapters=4096)
+    launch = Launch(lib, [target])
+    ids = [int(i) for i in rng.permutation(4096)[:31]] + [4095]
+    gates = [float(g) for g in rng.uniform(-0.3, 0.3, 32)]
+    launch.switch(ids, gates)
+    check(target, launch, ids, gates)
+
+
+def test_duplicates_add_and_empty_slots_do_not_count(lib, rng):
+    target = make_target(rng, 64, 64)
+    launch = Launch(lib, [target])
+    ids, gates = [2, -1, 0, 2, 1, 1], [0.25, 5.0, 0.5, 0.125, 1.5, -1.5]
+    launch.switch(ids, gates)
+    check(target, launch, ids, gates)
+    seen = bits([target])
+    assert (launch.state.num_last, list(launch.state.last_ids[:2]), list(launch.state.last_gates[:2])) == (2, [0, 2], [0.5, 0.375])
+    launch.state.valid = 0
+    launch.switch([0, 2], [0.5, 0.375])
+    assert bits([target]) == seen
+
+
+@pytest.mark.parametrize(("ids", "gates"), [([], []), ([-1, -1], [1.0, 2.0]), ([1, 1], [0.5, -0.5]), ([0], [0.0])])
+def test_an_empty_mixture_copies_bits(lib, rng, ids, gates):
+    target = make_target(rng, 50, 300)
+    target.base[0, :4] = [0x8000, 0x7F80, 0x7FA1, 0x0001]  # -0.0, infinity, a signalling NaN, a subnormal
+    Launch(lib, [target]).switch(ids, gates)
+    assert np.array_equal(target.live, target.base)
+
+
+def test_gates_of_extreme_size(lib, rng):
+    target = make_target(rng, 64, 64)
+    launch = Launch(lib, [target])
+    launch.switch([0, 1, 2], [1e-42, 1e-30, 1.0])
+    check(target, launch, [0, 1, 2], [1e-42, 1e-30, 1.0])
+
+
+# ---- bits -----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("live", "factor"), [(BF16, BF16), (FP16, FLOAT32)])
+def test_same_bits_whatever_runs_it(lib, rng, live, factor):
+    targets = [make_target(rng, 200, 260, rank=24, live=live, factor=factor), make_target(rng, 100, 30, rank=16, live=live, factor=factor)]
+    seen = set()
+    for order in range(3):
+        for grid, unit_rows, copies in ((1, 0, 0), (2, 64, 1), (5, 128, 2)):
+            poison(targets)
+            launch = Launch(lib, targets, live=live, factor=factor, unit_rows=unit_rows)
+            launch.switch([0, 3], [0.7, 0.3], grid=grid, how=options(order, async_copies=copies, resident_blocks=2 + order, seed=grid))
+            seen.add(tuple(bits(targets)))
+    assert len(seen) == 1
+
+
+def test_scalar_rows_have_the_bits_of_vector_rows(lib):
+    images = []
+    for stride, shift in ((264, 0), (265, 1)):
+        target = make_target(np.random.default_rng(5), 70, 264, stride=stride, shift=shift)
+        if shift:  # the same for A's rows
+            wide = np.zeros((*target.a.shape[:2], 265), np.uint16)
+            wide[..., :264] = target.a
+            target.a = wide[..., :264]
+        launch = Launch(lib, [target])
+        assert bool(launch.table[0].flags & 1) == (shift == 0)
+        launch.switch([0, 1], [0.5, 0.25])
+        images.append(target.live.tobytes())
+    assert images[0] == images[1]
+
+
+def test_a_thousand_switches_then_restore(lib, rng):
+    targets = [make_target(rng, 5, 24), make_target(rng, 3, 9, rank=4)]
+    launch = Launch(lib, targets)
+    for i in range(1000):
+        launch.switch([i % 4, (i + 1) % 4], [0.5 + i * 1e-3, 0.5], how=options(i % 3, seed=i))
+    for target in targets:
+        check(target, launch, [999 % 4, 1000 % 4], [0.5 + 999e-3, 0.5])
+    launch.switch([], [])
+    assert all(np.array_equal(t.live, t.base) for t in targets)
+
+
+# ---- in place -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("live", [BF16, FLOAT32], ids=NAMES.get)
+def test_inplace_moves_by_the_difference(lib, rng, live):
+    target = make_target(rng, 70, 264, live=live)
+    target.live[:] = target.base
+    launch = Launch(lib, [target], live=live, inplace=True)
+    old, new = ([0, 1], [0.5, 0.25]), ([1, 2], [0.25, -0.75])
+    launch.switch(*old)
+    check(target, launch, *old)
+    target.base[:] = target.live
+    launch.switch(*new)
+    check(target, launch, [0, 2], [-0.5, -0.75])  # adapter 1 did not change: it is not touched
+    assert list(launch.state.last_ids[:2]) == [1, 2]
+    before = bits([target])
+    launch.state.valid = 0
+    launch.switch(*new)
+    assert bits([target]) == before
+
+
+def test_inplace_drift_is_one_rounding_a_switch(lib, rng):
+    target = make_target(rng, 16, 64, size=0.5)
+    target.live[:] = target.base
+    launch = Launch(lib, [target], inplace=True)
+    for i in range(50):
+        launch.switch([i % 4], [1.0])
+    launch.switch([], [])
+    start, end = decode(target.base, BF16), decode(target.live, BF16)
+    drift = np.linalg.norm(end - start) / np.linalg.norm(start)
+    assert 1e-3 < drift < 50 * 2.0**-8
+
+
+# ---- the selection's protocol -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_unchanged_selection_writes_nothing(lib, rng):
+    target = make_target(rng, 65, 40)
+    launch = Launch(lib, [target])
+    launch.switch([2, 0], [0.5, 0.25])
+    poison([target])
+    image = bits([target])
+    launch.switch([0, -1, 2], [0.25, 0.0, 0.5])  # the same mixture, written differently
+    assert bits([target]) == image
+    launch.state.valid = 0
+    launch.switch([0, 2], [0.25, 0.5])
+    check(target, launch, [0, 2], [0.25, 0.5])
+    assert launch.state.valid == 1
+
+
+@pytest.mark.parametrize(
+    ("ids", "gates", "status"),
+    [
+        ([4], [1.0], BAD_ID),
+        ([0, -2], [1.0, 1.0], BAD_ID),
+        ([0, 2**31 - 1], [1.0, 1.0], BAD_ID),
+        ([0, 1], [1.0, np.nan], BAD_GATE),
+        ([0, 1], [-np.inf, 1.0], BAD_GATE),
+        ([1, 1], [3e38, 3e38], BAD_GATE),
+        ([9, 1], [1.0, np.nan], BAD_ID | BAD_GATE),
+    ],
+)
+@pytest.mark.parametrize("inplace", [False, True], ids=["exact", "inplace"])
+def test_invalid_selections_change_nothing(lib, rng, ids, gates, status, inplace):
+    target = make_target(rng, 70, 300)
+    target.live[:] = target.base
+    launch = Launch(lib, [target], inplace=inplace)
+    launch.switch([0, 1], [0.5, 0.5])
+    image, state = bits([target]), bytes(launch.state)
+    launch.switch(ids, gates, how=options(resident_blocks=3))
+    assert launch.state.status == status
+    launch.state.status = 0
+    assert bits([target]) == image
+    assert bytes(launch.state) == state
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["exact", "inplace"])
+def test_protocol_under_interleaved_blocks(lib, rng, inplace):
+    """A block that starts late must still see the last selection, however many blocks have finished before it."""
+    targets = [make_target(rng, 192, 40), make_target(rng, 1, 600)]
+    mixtures = [([0, 1], [0.5, 0.5]), ([1, 2], [0.5, 0.25]), ([], []), ([3], [1.0])]
+    images = []
+    for blocks, seed in ((1, 0), (2, 1), (3, 2), (8, 3)):
+        for t in targets:
+            t.live[:] = t.base
+        launch = Launch(lib, targets, inplace=inplace, unit_rows=64)
+        image = []
+        for mixture in mixtures:
+            launch.switch(*mixture, grid=7, how=options(2, resident_blocks=blocks, seed=seed))
+            assert (launch.state.ticket, launch.state.num_last) == (0, len(mixture[0]))
+            image += bits(targets)
+        images.append(image)
+    assert all(image == images[0] for image in images)
+
+
+def test_finite_flag(lib, rng):
+    target = make_target(rng, 70, 30, live=FP16)
+    launch = Launch(lib, [target], live=FP16, check_finite=True)
+    launch.switch([0], [1.0])
+    assert launch.state.status == 0
+    target.base[69, 29] = 0x7BFF  # 65504: any larger and it is infinity
+    target.a[1, :, 29] = target.b[1, 69, :] = 0x4900  # 10.0
+    launch.switch([1], [10.0])
+    assert launch.state.status == NON_FINITE
+    launch.state.status = 0
+    launch.check_finite = False
+    launch.switch([1], [11.0])
+    assert launch.state.status == 0
+
+
+# ---- addresses and plans ----------------------------------------------------------------------------------------------------------------
+
+
+def test_offsets_past_2_to_the_31_elements(lib, rng):
+    """Huge strides over address space that is reserved, not used: only the touched pages exist."""
+    import mmap
+
+    rows, cols, adapters = 3, 40, 3
+    row_stride, adapter_stride = 2**31 + 64, 5 * 2**30 + 64
+    target = make_target(rng, rows, cols, adapters=adapters)
+
+    def reserve(elements: int) -> np.ndarray:
+        area = mmap.mmap(-1, 2 * elements, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)  # MAP_NORESERVE
+        return np.frombuffer(area, np.uint16)
+
+    try:
+        live_area, a_area = reserve(rows * row_stride), reserve(adapters * adapter_stride)
+    except OSError:
+        pytest.skip("no address space for the reservation")
+    live = np.lib.stride_tricks.as_strided(live_area, (rows, cols), (2 * row_stride, 2), writeable=True)
+    a = np.lib.stride_tricks.as_strided(a_area, target.a.shape, (2 * adapter_stride, 2 * cols, 2), writeable=True)
+    a[:] = target.a
+    target.live, target.a = live, a
+    launch = Launch(lib, [target])
+    launch.switch([2, 1], [0.5, 0.5])
+    check(target, launch, [2, 1], [0.5, 0.5])
+
+
+def test_struct_layouts_agree_with_python(lib):
+    kinds = {"SwitchSegment": harness.Segment, "SwitchState": harness.State, "SwitchParams": harness.Params}
+    fields = set()
+    for line in lib.fm_sim_layout().decode().splitlines():
+        name, offset, size = line.split()
+        kind, field = name.split(".")
+        fields.add(name)
+        described = getattr(kinds[kind], field)
+        assert (described.offset, described.size) == (int(offset), int(size)), name
+    assert len(fields) == sum(len(kind._fields_) for kind in kinds.values())
+
+
+def plan(lib, shapes, **changes):
+    segments = (harness.Segment * len(shapes))()
+    for s, (rows, cols) in zip(segments, shapes, strict=True):
+        s.rows, s.cols, s.rank = rows, cols, 64
+        s.live = s.source = s.a = s.b = s.scaling = 4096
+        s.source = 8192
+        s.live_stride = s.source_stride = s.a_row_stride = cols
+        s.b_row_stride, s.a_adapter_stride, s.b_adapter_stride = 64, 64 * cols, 64 * rows
+        s.scale_row_shift = s.scale_col_shift = 31
+        for name in set(changes) & {name for name, _ in harness.Segment._fields_}:
+            setattr(s, name, changes[name])
+    fields = {"live": BF16, "source": BF16, "factor": BF16, "num_segments": len(shapes), "num_adapters": 8, "num_slots": 2}
+    fields |= {"num_multiprocessors": 132, "shared_bytes_limit": 99 << 10}
+    request = harness.PlanRequest(**(fields | {k: v for k, v in changes.items() if k in dict(harness.PlanRequest._fields_)}))
+    result = harness.PlanResult()
+    lib.fm_sim_plan(ctypes.byref(request), segments, ctypes.byref(result))
+    return segments, result
+
+
+LLAMA_LAYER = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
+
+
+def test_plan_of_llama_2_7b(lib):
+    segments, result = plan(lib, LLAMA_LAYER * 32)
+    assert result.error == b""
+    assert result.live_bytes == result.source_bytes == 2 * 6_476_005_376
+    assert result.adapter_bytes * 2 == 639_631_360  # two adapters of rank 64: 0.64 GB
+    assert result.grid == 132
+    ends = [s.first_unit for s in segments][1:] + [result.num_units]
+    for s, end in zip(segments, ends, strict=True):
+        panels = -(-s.rows // s.unit_rows)
+        assert s.unit_rows % 64 == 0 and (end - s.first_unit) == panels * -(-s.cols // 256)
+    work = sum(-(-s.rows // s.unit_rows) * -(-s.cols // 256) * s.unit_rows for s in segments)
+    longest = max(s.unit_rows for s in segments)
+    assert longest / (work / 132) < 0.02  # the last wave's tail
+
+
+def test_plan_of_one_small_matrix_fills_the_device(lib):
+    _, result = plan(lib, [(4096, 4096)])
+    assert result.num_units >= 132
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"live": FP8}, "live dtype"),
+        ({"source": FP16}, "base dtype"),
+        ({"factor": FP16}, "factor dtype"),
+        ({"inplace": 1, "source": FP8}, "base dtype"),
+        ({"inplace": 1}, "expected source to be live"),
+        ({"num_slots": 33}, "slots: expected 0 to 32, got 33"),
+        ({"num_adapters": 0}, "adapters"),
+        ({"shared_bytes_limit": 48 << 10}, "shared memory"),
+        ({"unit_rows": 100}, "unit rows"),
+        ({"rows": -1}, "segment 0: expected a shape"),
+        ({"rank": 8}, "segment 0: expected a rank padded to a multiple of 16, got 8"),
+        ({"a": 0}, "null pointer"),
+        ({"live_stride": 10}, "live stride of at least 40, got 10"),
+        ({"source_stride": 39}, "source stride"),
+        ({"a_row_stride": 8}, "a row stride"),
+        ({"b_row_stride": 8}, "b row stride"),
+        ({"scale_col_shift": 2}, "scale shifts"),
+    ],
+)
+def test_plans_that_are_refused(lib, changes, words):
+    _, result = plan(lib, [(30, 40)], **changes)
+    assert words in result.error.decode()
+    assert result.error.decode().startswith("switch: ")
+
+
+# ---- the simulator's own arithmetic --------------------------------------------------------------------------------------------------------
+
+
+def test_conversions_match_numpy(lib, rng):
+    values = np.concatenate([rng.standard_normal(300) * 10.0 ** rng.uniform(-9, 5, 300), [0.0, -0.0, 65519.9, 65520.0, 2.0**-25, 6e-8, np.inf]])
+    for x in values.astype(np.float32):
+        with np.errstate(over="ignore"):
+            assert np.float32(lib.fm_sim_fp16(x)).tobytes() == np.float32(np.float16(x)).tobytes()
+        assert lib.fm_sim_bf16(x) == harness.encode(np.array([x]), BF16)[0]
+    table = decode(np.arange(256, dtype=np.uint8), FP8)
+    ours = np.array([lib.fm_sim_fp8(i) for i in range(256)])
+    assert np.array_equal(ours, table, equal_nan=True)
+
+
+@pytest.mark.parametrize("extra", [1, 2])
+def test_tensor_core_twin_truncates(lib, rng, extra):
+    def dot(c, a, b):
+        a, b = np.array(a, np.float32), np.array(b, np.float32)
+        return lib.fm_sim_dot(c, a.ctypes.data, b.ctypes.data, len(a), extra)
+
+    assert dot(1.0, [2.0**-24] * 8, [1.0] * 8) == (1.0 + 4 * 2.0**-23 if extra >= 1 else 1.0)
+    lost = [2.0 ** -(24 + extra)] * 8  # each below the last kept bit: all vanish, where rounding would keep their sum
+    assert dot(1.0, lost, [1.0] * 8) == 1.0
+    assert dot(-1.0, lost, [1.0] * 8) == -1.0
+    for _ in range(200):
+        a = harness.decode(harness.encode(rng.standard_normal(16), BF16), BF16)
+        b = harness.decode(harness.encode(rng.standard_normal(16), BF16), BF16)
+        c = float(np.float32(rng.standard_normal()))
+        largest = max(abs(c), *np.abs(a * b))
+        assert abs(dot(c, a, b) - (c + a @ b)) <= 17 * largest * 2.0 ** -(22 + extra) + 8 * largest * 2.0**-23
+
+
+def test_truth_notices_an_error(lib, rng):
+    """The comparison itself can fail: one weight off by one bit is found."""
+    target = make_target(rng, 20, 20)
+    launch = Launch(lib, [target])
+    launch.switch([0], [1.0])
+    target.live[3, 3] ^= 1
+    with pytest.raises(AssertionError, match="beyond the bound"):
+        check(target, launch, [0], [1.0])
+    assert truth(target, BF16, BF16, [0], [1.0])[2] == 16
