@@ -6,5 +6,11 @@ from numpy.typing import NDArray
 def isas() -> list[str]: ...
 def isa() -> str: ...
 def merge_cpu(
-    segments: NDArray[np.int64], experts: NDArray[np.int64], coefficients: NDArray[np.float64], threads: int, *, isa: str = ""
+    segments: NDArray[np.int64],
+    experts: NDArray[np.int64],
+    coefficients: NDArray[np.float64],
+    threads: int,
+    *,
+    isa: str = "",
+    done: NDArray[np.int64] | None = None,
 ) -> None: ...

@@ -250,7 +250,7 @@ def _layouts(header: Header, dtype: str | None) -> list[tuple[Layout, int]]:
             layouts.append(((entry.name, code, entry.shape), math.prod(entry.shape) * itemsize(code)))
         else:
             layouts.append(((entry.name, entry.dtype, entry.shape), entry.nbytes))
-    return sorted(layouts, key=lambda pair: -pair[1] // max(1, math.prod(pair[0][2])))
+    return sorted(layouts, key=lambda pair: -itemsize(pair[0][1]))
 
 
 # ---------------------------------------------------------------------- the work

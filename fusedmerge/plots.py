@@ -129,7 +129,8 @@ def suite_markdown(suite: Mapping[str, Any]) -> str:
     driver = f", driver {suite['driver']}" if suite["driver"] else ""
     dirty = " with uncommitted changes" if suite.get("git_dirty") else ""
     where = f"{suite.get('processor') or suite['device']}{driver}; {versions}"
-    head = f"{suite['setting']['text']}. {where}; commit {str(suite['git_commit'])[:10]}{dirty}, {suite['date'][:10]}."
+    commit = f"commit {suite['git_commit'][:10]}{dirty}" if suite["git_commit"] else "no commit"
+    head = f"{suite['setting']['text']}. {where}; {commit}, {suite['date'][:10]}."
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for case in suite["cases"]:
         groups.setdefault(case["group"], []).append(case)

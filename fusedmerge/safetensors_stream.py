@@ -66,8 +66,8 @@ def torch_dtype(code: str) -> torch.dtype | None:
 
 
 def itemsize(code: str) -> int:
-    """Bytes per element."""
-    return _BITS[code] // 8
+    """Bytes per element; 1 for codes that are not known."""
+    return _BITS.get(code, 8) // 8
 
 
 def read_header(path: Path, operation: str) -> Header:

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from fusedmerge.backend import choose
-from fusedmerge.backend.cpu import Segment, TorchSwitch
+from fusedmerge.backend import Engine, Segment, choose, make_engine
 from fusedmerge.bank import AdapterBank
 from fusedmerge.errors import DeviceError, DtypeError, InvalidTypeError, InvalidValueError, StateError
 from fusedmerge.memory import require_memory
@@ -58,7 +57,7 @@ class Switcher:
         self._segments = [
             Segment(tensor, tensor.clone() if mode == "exact" else None, bank.target(name)) for name, tensor in live.items()
         ]
-        self._engine: TorchSwitch | None = TorchSwitch(self._segments)
+        self._engine: Engine | None = make_engine(self._segments)
         self._labels: dict[Mixture, Named] = {(): ()}
         _switchers.add(self)
 
@@ -150,7 +149,7 @@ class Switcher:
         engine.apply(mixture)
         self.bank.pin(self, frozenset(slot for slot, _ in mixture))
 
-    def _open(self, operation: str) -> TorchSwitch:
+    def _open(self, operation: str) -> Engine:
         if self._engine is None:
             raise StateError(operation, "Switcher", "an open one", "a closed one")
         return self._engine

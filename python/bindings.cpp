@@ -1,10 +1,12 @@
 // Python bindings: tables of pointers and strides in, no logic. fusedmerge/backend/cpu.py builds the tables.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <optional>
 
 #include "merge_cpu.h"
 
@@ -56,8 +58,10 @@ Segment segment(const int64_t* row) {
     return s;
 }
 
+using Flag = nb::ndarray<int64_t, nb::numpy, nb::shape<1>, nb::c_contig, nb::device::cpu>;
+
 void merge(const Table<int64_t, 2>& segments, const Table<int64_t, 2>& experts, const Table<double, 1>& coefficients, int threads,
-           const std::string& isa) {
+           const std::string& isa, std::optional<Flag> done) {
     expect(segments.shape(1) == kSegmentFields, "segments", "8 columns", segments.shape(1));
     expect(experts.shape(1) == kExpertFields, "experts", "6 columns", experts.shape(1));
     expect(coefficients.shape(0) == experts.shape(0), "coefficients", std::to_string(experts.shape(0)) + " values", coefficients.shape(0));
@@ -81,6 +85,7 @@ void merge(const Table<int64_t, 2>& segments, const Table<int64_t, 2>& experts, 
     }
     nb::gil_scoped_release release;
     merge_cpu(std::move(list), threads, variant);
+    if (done) done->data()[0] = 1;  // before Python runs again: an interrupt that arrives now cannot hide that the weights have changed
 }
 
 }  // namespace
@@ -91,7 +96,7 @@ NB_MODULE(_ext, m) {
     m.def("isas", &fusedmerge::isas, "Names of the CPU kernel variants that run here, the best one last.");
     m.def("isa", [] { return fusedmerge::isas().back(); }, "Name of the CPU kernel variant that `merge_cpu` uses by default.");
     m.def("merge_cpu", &fusedmerge::merge, "segments"_a.noconvert(), "experts"_a.noconvert(), "coefficients"_a.noconvert(), "threads"_a,
-          nb::kw_only(), "isa"_a = "",
+          nb::kw_only(), "isa"_a = "", "done"_a.noconvert().none() = nb::none(),
           R"(live = round(source + sum_e coefficient_e B_e A_e) for every segment, in one call without the GIL.
 
 segments      int64 [S, 8]: live pointer, source pointer, rows, cols, live row stride, source row stride, dtype, experts end
@@ -99,6 +104,7 @@ experts       int64 [E, 6]: a pointer, b pointer, a row stride, b row stride, ra
 coefficients  float64 [E]: gate * scaling
 threads       at least 1
 isa           one of isas(); "": the best
+done          int64 [1], set to 1 after the last write
 
 Segment i owns the experts from segment i - 1's "experts end" to its own. Strides count elements, columns are contiguous; dtype is 0 for
 float32, 1 for bfloat16, 2 for float16. a is [rank, cols], b is [rows, rank]. live may be source; no other overlap.

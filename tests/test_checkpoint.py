@@ -263,7 +263,8 @@ def test_conversion_of_every_floating_tensor(llama, sharded, mixture, tmp_path, 
 
 def test_conversion_leaves_integers_and_updates_nested_configurations(llama, tmp_path):
     base = shutil.copytree(llama, tmp_path / "base")
-    tensors = {**tensors_of(llama), "steps": torch.arange(5), "flags": torch.tensor([True, False, True]), "none": torch.zeros(0, 4)}
+    others = {"ahead": torch.ones(1, dtype=torch.float64), "flags": torch.tensor([True, False, True]), "none": torch.zeros(0, 4)}
+    tensors = {**tensors_of(llama), "steps": torch.arange(5), **others}
     save_file(tensors, base / "model.safetensors")
     config = json.loads((base / "config.json").read_text())
     del config["dtype"]
@@ -272,7 +273,9 @@ def test_conversion_leaves_integers_and_updates_nested_configurations(llama, tmp
     merge_checkpoint(base, [(q0_adapter(tmp_path / "a"), 1.0)], tmp_path / "out", dtype="bfloat16", progress=False)
     after = tensors_of(tmp_path / "out")
     assert torch.equal(after["steps"], tensors["steps"]) and torch.equal(after["flags"], tensors["flags"])
-    assert after["none"].shape == (0, 4) and after["none"].dtype == torch.bfloat16
+    assert after["none"].shape == (0, 4) and after["none"].dtype == after["ahead"].dtype == torch.bfloat16
+    for entry in read_header(tmp_path / "out/model.safetensors", "test").entries.values():
+        assert entry.start % after[entry.name].itemsize == 0, entry  # also where a wider tensor before it became narrower
     assert json.loads((tmp_path / "out/config.json").read_text()) == {
         **config, "torch_dtype": "bfloat16", "text_config": {"dtype": "bfloat16", "name": "x"},
     }  # fmt: skip
@@ -287,21 +290,24 @@ def test_factors_keep_float32_and_float64_is_narrowed(sharded, tmp_path):
         assert_tensors(sharded, tmp_path / f"out{dtype}", [(adapter, 1.3)])
 
 
-def test_same_bits_as_a_switch_with_float32_factors(sharded, tmp_path):
+def one_weight(directory, weight):
+    directory.mkdir()
+    save_file({"w.weight": weight}, directory / "model.safetensors")
+    (directory / "config.json").write_text("{}")
+    return directory
+
+
+def test_same_bits_as_a_switch_with_float32_factors(tmp_path):
     """A weight of many row blocks: the blocks are the switch's own."""
-    wide = tmp_path / "wide"
-    wide.mkdir()
-    weights = {"w.weight": torch.randn(700, 800, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)}
-    save_file(weights, wide / "model.safetensors")
-    (wide / "config.json").write_text("{}")
+    weight = torch.randn(700, 800, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
     adapter = write_adapter(tmp_path / "a", {"w": (700, 800)}, r=16)
-    merge_checkpoint(wide, [(adapter, 0.5)], tmp_path / "out", progress=False)
-    live = {name: tensor.clone() for name, tensor in weights.items()}
+    merge_checkpoint(one_weight(tmp_path / "base", weight), [(adapter, 0.5)], tmp_path / "out", progress=False)
+    live = {"w.weight": weight.clone()}
     bank = fm.AdapterBank.from_peft([adapter], live, dtype=torch.float32)
     fm.Switcher(live, bank).switch({"a": 0.5})
     merged = tensors_of(tmp_path / "out")["w.weight"]
     assert bits(merged) == bits(live["w.weight"])
-    assert_merged(merged, weights["w.weight"], bank.target("w.weight"), [(0, 0.5)])
+    assert_merged(merged, weight, bank.target("w.weight"), [(0, 0.5)])
 
 
 @pytest.mark.parametrize("gates", [(0.0,), (0.75, -0.75)])
@@ -318,12 +324,14 @@ def test_the_same_directory_twice_adds_its_gates(llama, adapters, tmp_path):
     assert files_of(tmp_path / "twice") == files_of(tmp_path / "once")
 
 
-def test_callers_reduced_precision_does_not_reach_the_merge(sharded, mixture, tmp_path):
-    """torch.set_float32_matmul_precision("medium") lets float32 products run in bfloat16 on processors that can."""
-    merge_checkpoint(sharded, mixture, tmp_path / "exact", progress=False)
+def test_callers_reduced_precision_does_not_reach_the_merge(tmp_path):
+    """torch.set_float32_matmul_precision("medium") lets float32 products run in bfloat16, on processors that can."""
+    base = one_weight(tmp_path / "base", torch.randn(256, 512, generator=torch.Generator().manual_seed(1)))
+    adapter = write_adapter(tmp_path / "a", {"w": (256, 512)}, r=64)
+    merge_checkpoint(base, [(adapter, 0.5)], tmp_path / "exact", progress=False)
     try:
         torch.set_float32_matmul_precision("medium")
-        merge_checkpoint(sharded, mixture, tmp_path / "medium", progress=False)
+        merge_checkpoint(base, [(adapter, 0.5)], tmp_path / "medium", progress=False)
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")

@@ -4,18 +4,19 @@ import pytest
 import torch
 
 import fusedmerge as fm
-from fusedmerge import errors
-from fusedmerge.backend import cpu
+from fusedmerge import backend, errors
+from fusedmerge.backend import cpu, native
 from tests import kit
 
 SHAPES = [(9, 31), (400, 1000), (17, 5)]  # the second has two blocks of rows
 BLOCKS = 4
+MERGE_ROWS = cpu.merge_rows
 
 
 @pytest.fixture
 def interrupted(monkeypatch):
-    """interrupted(block, after): the block-th merge raises KeyboardInterrupt, before or after its write."""
-    whole = cpu.merge_rows
+    """The torch engine; interrupted(block, after): the block-th merge raises KeyboardInterrupt, before or after its write."""
+    monkeypatch.setattr(backend, "extension", lambda: None)
 
     def arm(at: int, after: bool, error: type[BaseException] = KeyboardInterrupt) -> None:
         count = -1
@@ -25,14 +26,13 @@ def interrupted(monkeypatch):
             count += 1
             if count == at and not after:
                 raise error
-            whole(*args)
+            MERGE_ROWS(*args)
             if count == at:
                 raise error
 
         monkeypatch.setattr(cpu, "merge_rows", merge_rows)
 
-    yield arm
-    monkeypatch.undo()
+    return arm
 
 
 def test_the_shapes_make_the_blocks_that_are_interrupted():
@@ -54,7 +54,7 @@ def test_interruption_is_repaired(interrupted, monkeypatch, mode, after, at, rep
     interrupted(at, after)
     with pytest.raises(KeyboardInterrupt):
         switcher.switch(second)
-    monkeypatch.undo()
+    monkeypatch.setattr(cpu, "merge_rows", MERGE_ROWS)
     for call in (lambda: switcher.active, switcher.check, switcher.refresh):
         with pytest.raises(errors.StateError, match="interrupted"):
             call()
@@ -83,7 +83,7 @@ def test_an_exception_is_repaired_as_an_interrupt_is(interrupted, monkeypatch):
     interrupted(1, False, MemoryError)
     with pytest.raises(MemoryError):
         switcher.switch("a0")
-    monkeypatch.undo()
+    monkeypatch.setattr(cpu, "merge_rows", MERGE_ROWS)
     switcher.restore()
     assert kit.snapshot(weights) == before and switcher.active == ()
 
@@ -96,8 +96,47 @@ def test_interrupted_repairs_are_repaired(interrupted, monkeypatch):
         interrupted(at, True)
         with pytest.raises(KeyboardInterrupt):
             switcher.switch(name)
-        monkeypatch.undo()
+        monkeypatch.setattr(cpu, "merge_rows", MERGE_ROWS)
     switcher.switch({"a1": 0.5})
     fm.Switcher(undisturbed, bank).switch({"a1": 0.5})
     for name in weights:
         assert torch.allclose(weights[name].float(), undisturbed[name].float(), atol=2e-3, rtol=2**-6)
+
+
+class _Interrupting:
+    """The extension, with a KeyboardInterrupt before or after its one call."""
+
+    def __init__(self, after: bool) -> None:
+        self.after = after
+        self.whole = native.extension().merge_cpu
+
+    def merge_cpu(self, *args, **kwargs):
+        if self.after:
+            self.whole(*args, **kwargs)
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("mode", ["exact", "inplace"])
+@pytest.mark.parametrize("after", [False, True])
+def test_the_compiled_kernel_is_never_half_way(monkeypatch, mode, after):
+    weights, undisturbed = kit.make_weights(SHAPES), kit.make_weights(SHAPES)
+    bank = kit.make_bank(weights)
+    switcher, twin = fm.Switcher(weights, bank, mode), fm.Switcher(undisturbed, bank, mode)
+    assert isinstance(switcher._engine, native.NativeSwitch)
+    switcher.switch("a0")
+    twin.switch("a0")
+    versions = {name: tensor._version for name, tensor in weights.items()}
+    interrupting = _Interrupting(after)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(native, "extension", lambda: interrupting)
+        switcher.switch({"a1": 0.5})
+    held = {"a1": 0.5} if after else {"a0": 1.0}
+    assert switcher.active == tuple(held.items())
+    twin.switch(held)
+    assert kit.snapshot(weights) == kit.snapshot(undisturbed)
+    assert all((tensor._version > versions[name]) == after for name, tensor in weights.items())
+    with pytest.raises(errors.StateError, match="restore its Switcher first"):
+        bank.remove(next(iter(held)))
+    switcher.restore()
+    twin.restore()
+    assert kit.snapshot(weights) == kit.snapshot(undisturbed) and switcher.active == ()

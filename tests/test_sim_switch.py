@@ -69,6 +69,24 @@ def test_deep_mixture_is_correctly_rounded(lib, rng, live, tensor_core):
     assert check(target, launch, ids, gates) >= CORRECT_SHARE[live]
 
 
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_two_resident_chunks_have_the_bits_of_one(lib, rng, order):
+    """In place at r = 64, top-2, on a device with 227 KB: the strips of 256 ranks stay in shared memory. Other depths share the launch."""
+    shapes = [(450, 300, 64), (70, 40, 80), (5, 9, 16), (130, 260, 48)]
+    images = []
+    for limit in (99 << 10, 227 << 10):
+        local = np.random.default_rng(7)
+        targets = [make_target(local, rows, cols, rank=rank) for rows, cols, rank in shapes]
+        launch = Launch(lib, targets, shared_limit=limit)
+        assert launch.plan.resident_chunks == (1 if limit < 200 << 10 else 2)
+        ids, gates = [0, 1, 2, 3], [-0.7, -0.3, 0.4, 0.6]
+        launch.switch(ids, gates, how=options(order, async_copies=order))
+        for target in targets:
+            check(target, launch, ids, gates)
+        images.append(bits(targets))
+    assert images[0] == images[1]
+
+
 @pytest.mark.parametrize("live", [BF16, FP16], ids=NAMES.get)
 def test_float32_factors(lib, rng, live):
     target = make_target(rng, 66, 270, rank=20, live=live, factor=FLOAT32)

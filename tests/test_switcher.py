@@ -12,6 +12,8 @@ import fusedmerge as fm
 from fusedmerge import errors
 from tests import kit
 
+pytestmark = pytest.mark.usefixtures("engine")
+
 SHAPES = [(1, 1), (1, 4096), (67, 131), (257, 130), (300, 1000)]  # one element, one row, ragged, ragged, more than one block of rows
 
 

@@ -4,6 +4,7 @@
 #include "plan.h"
 
 static_assert(fusedmerge::kSwitchSharedBytes<fusedmerge::Bf16> == fusedmerge::kMmaSharedBytes, "plan.h states another size");
+static_assert(fusedmerge::kResidentExtraBytes == fusedmerge::kMmaResidentExtraBytes, "plan.h states another size");
 static_assert(fusedmerge::kSwitchSharedBytes<float> == fusedmerge::kSimtSharedBytes, "plan.h states another size");
 
 namespace fusedmerge {

@@ -37,7 +37,7 @@ bool check_request(const PlanRequest& request, PlanResult& result) {
         return refuse(result, "switch: multiprocessors: expected at least 1, got %d", request.num_multiprocessors);
     if (request.unit_rows < 0 || request.unit_rows % kStepRows != 0)
         return refuse(result, "switch: unit rows: expected a multiple of %d, got %d", kStepRows, request.unit_rows);
-    int shared_bytes = planned_shared_bytes(static_cast<Number>(request.factor));
+    int shared_bytes = least_shared_bytes(static_cast<Number>(request.factor));
     if (request.shared_bytes_limit < shared_bytes)
         return refuse(result, "switch: shared memory of a block: expected at least %d bytes, got %d", shared_bytes, request.shared_bytes_limit);
     return true;
@@ -117,6 +117,14 @@ int choose_height(const PlanRequest& request, const SwitchSegment* segments) {
     return best;
 }
 
+// Whether a selection may need more than one chunk of ranks of the mma path.
+bool is_deep(const PlanRequest& request, const SwitchSegment* segments) {
+    if (request.factor == static_cast<int>(Number::kFloat32)) return false;
+    int rank = 0;
+    for (int i = 0; i < request.num_segments; ++i) rank = segments[i].rank > rank ? segments[i].rank : rank;
+    return static_cast<long long>(rank) * request.num_slots * (request.inplace ? 2 : 1) > kChunkDepth;
+}
+
 void add_bytes(const SwitchSegment& s, const PlanRequest& request, PlanResult& result) {
     long long elements = static_cast<long long>(s.rows) * s.cols;
     long long adapter = static_cast<long long>(s.rank) * (static_cast<long long>(s.rows) + s.cols) * size_of(static_cast<Number>(request.factor));
@@ -130,7 +138,7 @@ void add_bytes(const SwitchSegment& s, const PlanRequest& request, PlanResult& r
 
 }  // namespace
 
-int planned_shared_bytes(Number factor) { return factor == Number::kFloat32 ? kSimtSharedBytes : kMmaSharedBytes; }
+int least_shared_bytes(Number factor) { return factor == Number::kFloat32 ? kSimtSharedBytes : kMmaSharedBytes; }
 
 bool plan_switch(const PlanRequest& request, SwitchSegment* segments, PlanResult& result) {
     result = PlanResult{};
@@ -149,7 +157,12 @@ bool plan_switch(const PlanRequest& request, SwitchSegment* segments, PlanResult
     }
     long long blocks = result.num_units < request.num_multiprocessors ? result.num_units : request.num_multiprocessors;
     result.grid = blocks < 1 ? 1 : static_cast<int>(blocks);
-    result.shared_bytes = planned_shared_bytes(static_cast<Number>(request.factor));
+    result.shared_bytes = least_shared_bytes(static_cast<Number>(request.factor));
+    result.resident_chunks = 1;
+    if (is_deep(request, segments) && request.shared_bytes_limit >= kMmaSharedBytes + kMmaResidentExtraBytes) {
+        result.resident_chunks = 2;
+        result.shared_bytes += kMmaResidentExtraBytes;
+    }
     result.table_bytes = static_cast<long long>(request.num_segments) * static_cast<long long>(sizeof(SwitchSegment)) +
                          static_cast<long long>(sizeof(SwitchState));
     return true;

@@ -31,15 +31,17 @@ struct PlanResult {
     long long table_bytes;   // device memory of the segment table and the state
     int grid;
     int shared_bytes;
+    int resident_chunks;  // for SwitchParams
     char error[256];  // operation, field, expected, got; empty on success
 };
 
 // Fills first_unit, unit_rows and flags of `segments`. False, with `result.error` and nothing else changed, where the request is not valid.
 bool plan_switch(const PlanRequest& request, SwitchSegment* segments, PlanResult& result);
 
-// Shared memory of a block; equal to the kernels' kSwitchSharedBytes, which a static_assert checks where both are compiled.
-constexpr int kMmaSharedBytes = 91328;
+// Shared memory of a block; equal to the kernels' own constants, which static_asserts check where both are compiled.
+constexpr int kMmaSharedBytes = 91520;
+constexpr int kMmaResidentExtraBytes = 139264;  // for two resident chunks
 constexpr int kSimtSharedBytes = 24576;
-int planned_shared_bytes(Number factor);
+int least_shared_bytes(Number factor);
 
 }  // namespace fusedmerge

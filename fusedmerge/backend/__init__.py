@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Union
 
+from fusedmerge.backend.cpu import Segment, TorchSwitch
+from fusedmerge.backend.native import NativeSwitch, extension
 from fusedmerge.errors import BackendError, InvalidValueError
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BackendStatus", "backends", "choose"]
+__all__ = ["BackendStatus", "Engine", "Segment", "backends", "choose", "make_engine"]
+
+Engine = Union[NativeSwitch, TorchSwitch]
 
 NAMES = ("cpu", "sim", "jit", "aot")
 _UNBUILT = "the CUDA kernels are not part of this version (see docs/status.md)"
@@ -35,7 +40,9 @@ def backends() -> dict[str, BackendStatus]:
     except Exception as error:  # a broken install raises OSError and more
         cpu = BackendStatus(False, f"torch cannot be imported: {error}")
     else:
-        cpu = BackendStatus(True, f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+        native = extension()
+        kernel = f"compiled kernel ({native.isa()})" if native else "torch's GEMM (the extension is not built)"
+        cpu = BackendStatus(True, f"{kernel}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     return {"cpu": cpu, **{name: BackendStatus(False, _UNBUILT) for name in NAMES[1:]}}
 
 
@@ -52,3 +59,8 @@ def choose(device: torch.device, operation: str) -> str:
     if name == "cpu" and device.type != "cpu":
         raise BackendError(operation, 'backend "cpu"', "weights on the CPU", device)
     return name
+
+
+def make_engine(segments: Sequence[Segment]) -> Engine:
+    """What runs one Switcher's switches: the compiled kernel, or torch where it was not built."""
+    return NativeSwitch(segments) if extension() else TorchSwitch(segments)

@@ -44,7 +44,7 @@ class Params(ctypes.Structure):
     _fields_ = [
         *((name, _P) for name in ("segments", "state", "ids", "gates")),
         ("num_units", _L),
-        *((name, _I) for name in ("num_segments", "num_slots", "num_adapters", "inplace", "check_finite", "reserved")),
+        *((name, _I) for name in ("num_segments", "num_slots", "num_adapters", "inplace", "check_finite", "resident_chunks")),
     ]
 
 
@@ -58,7 +58,7 @@ class PlanRequest(ctypes.Structure):
 class PlanResult(ctypes.Structure):
     _fields_ = [
         *((name, _L) for name in ("num_units", "live_bytes", "source_bytes", "adapter_bytes", "bank_bytes", "table_bytes")),
-        *((name, _I) for name in ("grid", "shared_bytes")),
+        *((name, _I) for name in ("grid", "shared_bytes", "resident_chunks")),
         ("error", ctypes.c_char * 256),
     ]
 
@@ -214,6 +214,7 @@ class Launch:
     check_finite: bool = False
     multiprocessors: int = 4
     unit_rows: int = 0
+    shared_limit: int = 99 << 10
     state: State = field(default_factory=State)
 
     def __post_init__(self) -> None:
@@ -237,9 +238,8 @@ class Launch:
         return s
 
     def _plan(self, slots: int) -> PlanResult:
-        request = PlanRequest(
-            self.live, self.source, self.factor, self.inplace, len(self.targets), self.adapters, slots, self.multiprocessors, 99 << 10, self.unit_rows
-        )
+        device = self.multiprocessors, self.shared_limit, self.unit_rows
+        request = PlanRequest(self.live, self.source, self.factor, self.inplace, len(self.targets), self.adapters, slots, *device)
         result = PlanResult()
         if self.lib.fm_sim_plan(ctypes.byref(request), self.table, ctypes.byref(result)):
             raise PlanError(result.error.decode())
@@ -258,10 +258,10 @@ class Launch:
             num_adapters=self.adapters,
             inplace=self.inplace,
             check_finite=self.check_finite,
+            resident_chunks=self.plan.resident_chunks,
         )
-        code = self.lib.fm_sim_switch(
-            self.live, self.source, self.factor, ctypes.byref(params), grid or self.plan.grid, ctypes.byref(how or options())
-        )
+        where = ctypes.byref(params), grid or self.plan.grid, self.plan.shared_bytes, ctypes.byref(how or options())
+        code = self.lib.fm_sim_switch(self.live, self.source, self.factor, *where)
         if code:
             raise SimulatorError(self.lib.fm_sim_error().decode())
 

@@ -10,6 +10,7 @@ namespace {
 using namespace fusedmerge;
 
 static_assert(kSwitchSharedBytes<Bf16> == kMmaSharedBytes && kSwitchSharedBytes<float> == kSimtSharedBytes, "plan.h states another size");
+static_assert(kResidentExtraBytes == kMmaResidentExtraBytes, "plan.h states another size");
 
 thread_local std::string last_error;
 
@@ -62,13 +63,17 @@ extern "C" {
 int fm_sim_plan(const PlanRequest* request, SwitchSegment* segments, PlanResult* result) { return plan_switch(*request, segments, *result) ? 0 : 1; }
 
 // 0 = the launch ended; otherwise fm_sim_error() says what the simulator objected to.
-int fm_sim_switch(int live, int source, int factor, const SwitchParams* params, int grid, const sim::Options* options) {
+int fm_sim_switch(int live, int source, int factor, const SwitchParams* params, int grid, int shared_bytes, const sim::Options* options) {
     Kernel kernel = pick(static_cast<Number>(live), static_cast<Number>(source), static_cast<Number>(factor));
     if (kernel.entry == nullptr) {
         last_error = "no such combination of dtypes";
         return 1;
     }
-    last_error = sim::launch(kernel.entry, params, grid, kThreads, kernel.shared_bytes, *options);
+    if (shared_bytes < kernel.shared_bytes + (params->resident_chunks > 1 ? kResidentExtraBytes : 0)) {
+        last_error = "the kernel needs more shared memory";
+        return 1;
+    }
+    last_error = sim::launch(kernel.entry, params, grid, kThreads, shared_bytes, *options);
     return last_error.empty() ? 0 : 1;
 }
 
@@ -127,7 +132,7 @@ const char* fm_sim_layout() {
         FIELD(SwitchParams, num_adapters);
         FIELD(SwitchParams, inplace);
         FIELD(SwitchParams, check_finite);
-        FIELD(SwitchParams, reserved);
+        FIELD(SwitchParams, resident_chunks);
         return text;
     }();
 #undef FIELD

@@ -52,6 +52,8 @@ def mutants() -> Iterator[Mutant]:
             continue
         lines = path.read_text().splitlines(keepends=True)
         for i, line in enumerate(lines):
+            if "block_any(" in line:
+                yield Mutant(path.name, i + 1, f"each thread alone in {line.strip()}", "".join([*lines[:i], line.replace("block_any(", "bool("), *lines[i + 1 :]]))
             if REMOVABLE.match(line):
                 yield Mutant(path.name, i + 1, f"without {line.strip()}", "".join([*lines[:i], "\n", *lines[i + 1 :]]))
     for file, old, new, title in PROTOCOL:

@@ -183,20 +183,47 @@ std::unique_ptr<Block> make_block(int index, int shared_bytes) {
     return block;
 }
 
-// Lets every ready fiber of the block run once. False: none was ready.
-bool turn(Block& block) {
-    if (machine->options.thread_order == static_cast<int>(ThreadOrder::kShuffled)) {
-        std::shuffle(block.order.begin(), block.order.end(), machine->random);
-    }
+// Runs one thread if it can. False: it waits, or has ended.
+bool step(Block& block, int thread) {
+    Fiber& fiber = *block.fibers[thread];
+    if (fiber.state != State::kReady || !machine->error.empty()) return false;
+    resume(fiber);
+    return true;
+}
+
+// One warp after the other, each as far as it can get: the largest distance between warps that barriers allow.
+bool turn_in_order(Block& block) {
     bool progress = false;
-    for (int thread : block.order) {
-        Fiber& fiber = *block.fibers[thread];
-        if (fiber.state != State::kReady) continue;
-        progress = true;
-        resume(fiber);
-        if (!machine->error.empty()) return true;
+    for (int first = 0; first < machine->num_threads; first += kWarp) {
+        for (bool again = true; again;) {
+            again = false;
+            for (int i = first; i < std::min(first + kWarp, machine->num_threads); ++i) again |= step(block, block.order[i]);
+            progress |= again;
+        }
     }
     return progress;
+}
+
+// Every thread in random order, a quarter of the warps asleep.
+bool turn_shuffled(Block& block) {
+    std::shuffle(block.order.begin(), block.order.end(), machine->random);
+    std::vector<bool> asleep(block.warps.size());
+    for (size_t i = 0; i < asleep.size(); ++i) asleep[i] = machine->random() % 4 == 0;
+    bool progress = false;
+    for (int thread : block.order) {
+        if (asleep[thread / kWarp]) {
+            progress |= block.fibers[thread]->state == State::kReady;
+        } else {
+            progress |= step(block, thread);
+        }
+    }
+    return progress;
+}
+
+// False: no thread of the block can run.
+bool turn(Block& block) {
+    bool shuffled = machine->options.thread_order == static_cast<int>(ThreadOrder::kShuffled);
+    return shuffled ? turn_shuffled(block) : turn_in_order(block);
 }
 
 std::string describe_deadlock(const Block& block) {
@@ -255,7 +282,7 @@ std::string launch(Entry entry, const void* argument, int num_blocks, int num_th
         if (resident.empty()) break;
         size_t pick = state.random() % resident.size();
         Block& block = *resident[pick];
-        if (!turn(block)) state.error = describe_deadlock(block);
+        if (!turn(block) && state.error.empty()) state.error = describe_deadlock(block);
         if (state.error.empty() && block.num_done == num_threads) {
             for (auto& fiber : block.fibers) spare_stacks.push_back(std::move(fiber->stack));
             resident.erase(resident.begin() + static_cast<long>(pick));

@@ -9,6 +9,7 @@ constexpr int kRankStep = 16;   // the bank's ranks are padded to a multiple of 
 constexpr int kThreads = 256;   // threads of a block
 constexpr int kStripCols = 256; // columns of a unit of work
 constexpr int kStepRows = 64;   // rows of one step through a unit
+constexpr int kChunkDepth = 128;  // ranks that the mma path holds in registers at a time
 
 // Bits of SwitchSegment::flags, set by the planner: where 16-byte accesses (8-byte for an fp8 source) are aligned in every row.
 enum SegmentFlags { kLiveAligned = 1, kSourceAligned = 2, kAAligned = 4, kBAligned = 8 };
@@ -64,7 +65,7 @@ struct SwitchParams {
     int num_adapters;  // N
     int inplace;       // live += new - last, instead of live = source + new
     int check_finite;  // set kStatusNonFinite where a stored weight is not finite
-    int reserved;
+    int resident_chunks;  // 1 or 2: set by the planner, with the shared memory that it takes
 };
 
 }  // namespace fusedmerge

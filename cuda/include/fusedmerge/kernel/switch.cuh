@@ -24,6 +24,8 @@ namespace fusedmerge {
 
 constexpr int kSelectionBytes = (static_cast<int>(sizeof(SelectionMemory)) + 127) / 128 * 128;
 
+constexpr int kResidentExtraBytes = kMaxResidentChunks * kStripBytes;  // added where SwitchParams::resident_chunks is 2
+
 template <class Factor>
 constexpr int kSwitchSharedBytes = kSelectionBytes + static_cast<int>(kSame<Factor, float> ? sizeof(SimtMemory) : sizeof(MmaMemory));
 
@@ -55,13 +57,14 @@ FM_DEVICE bool copy_unit(const SwitchSegment& segment, const Unit& unit) {
 }
 
 template <class Live, class Source, class Factor>
-FM_DEVICE bool run_unit(const SelectionMemory& selection, unsigned char* tiles, const SwitchSegment& segment, const Unit& unit, bool inplace) {
-    if (selection.num_experts == 0) return inplace || copy_unit<Live, Source>(segment, unit);
+FM_DEVICE bool run_unit(const SelectionMemory& selection, unsigned char* tiles, const SwitchSegment& segment, const Unit& unit,
+                        const SwitchParams& params) {
+    if (selection.num_experts == 0) return params.inplace || copy_unit<Live, Source>(segment, unit);
     if constexpr (kSame<Factor, float>) {
         return run_simt_unit<Live, Source>(selection, *reinterpret_cast<SimtMemory*>(tiles), segment, unit);
     } else {
         MmaUnit<Live, Source> mma(selection, *reinterpret_cast<MmaMemory*>(tiles), segment, unit);
-        mma.run();
+        mma.run(params.resident_chunks);
         return mma.finite;
     }
 }
@@ -77,7 +80,7 @@ switch_kernel(const SwitchParams params) {
     Unit unit;
     while (walk.next(unit)) {
         resolve_experts<Factor>(selection, params.segments[unit.segment_idx]);
-        finite &= run_unit<Live, Source, Factor>(selection, tiles, selection.segment, unit, params.inplace != 0);
+        finite &= run_unit<Live, Source, Factor>(selection, tiles, selection.segment, unit, params);
     }
     bool report = block_any(!finite) && params.check_finite && thread_index() == 0;
     if (report) atomic_or(&params.state->status, kStatusNonFinite);

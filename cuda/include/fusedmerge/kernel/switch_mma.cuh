@@ -10,7 +10,9 @@
 //
 //   step s       | wait B(s) | barrier | fetch B(s+4) | mma from B(s) | fma, round, store live(s), reload source(s+1) octet by octet |
 //
-// K > 128 (several chunks) re-stages A for every step and chunk: right, but not fast (docs/kernels/switch.md).
+// K > 128 is several chunks of 128. Where shared memory holds the strips of all of them (two on devices with 227 KB: in place, r = 64, top-2),
+// they stay for the whole unit and are read into the register strip chunk by chunk; else strip and rows are fetched for every step and
+// chunk: right, but bound by L2 (docs/kernels/switch.md).
 #pragma once
 
 #include "scheduler.cuh"
@@ -19,7 +21,7 @@
 
 namespace fusedmerge {
 
-constexpr int kChunkSlices = 8;                                    // slices of 16 ranks that the register strip holds
+constexpr int kChunkSlices = kChunkDepth / kRankStep;
 constexpr int kStripPitch = 2 * kStripCols + 32;                   // bytes; rows 2t and 2t+2 fall on different halves of the banks
 constexpr int kStagePitch = 2 * kChunkSlices * kRankStep + 16;     // bytes; eight rows of an ldmatrix fall on all banks
 constexpr int kStripBytes = kChunkSlices * kRankStep * kStripPitch;
@@ -27,9 +29,11 @@ constexpr int kStageBytes = kStepRows * kStagePitch;
 constexpr int kNumStages = 5;
 static_assert(kStripBytes <= (kNumStages - 1) * kStageBytes, "the strip is staged in the ring, beside its last stage");
 
+constexpr int kMaxResidentChunks = 2;
+
 struct MmaMemory {  // shared memory
-    alignas(16) unsigned char stages[kNumStages * kStageBytes];
-    Slice slices[kChunkSlices];
+    Slice slices[kMaxResidentChunks * kChunkSlices];
+    alignas(16) unsigned char tiles[kNumStages * kStageBytes];  // longer where two strips are resident: [2 strips, ring]
 };
 
 template <class Live, class Source>
@@ -45,7 +49,8 @@ struct MmaUnit {
     const unsigned long long policy;
     const int thread, warp, group, quad;  // group = g, quad = t of the fragment layout
     const int col, num_cols;              // the lane's first column, and how many remain from there
-    int num_slices = 0;                   // of the current chunk
+    int num_slices = 0;                   // in the table
+    unsigned char* ring = nullptr;        // kNumStages stages
     bool finite = true;
 
     unsigned strip[kChunkSlices][4][2];  // [slice][tile][fragment word]
@@ -74,63 +79,78 @@ struct MmaUnit {
           source_at(static_cast<const Source*>(seg.source) + source_row * seg.source_stride + col),
           live_at(static_cast<Live*>(seg.live) + live_row * seg.live_stride + col) {}
 
-    // One chunk: the strip is fetched once and B streams. Several: strip and rows of each chunk are fetched for every step. The two share one
-    // copy of the code, because two would not fit in the registers together.
-    FM_DEVICE void run() {
-        const bool streaming = selection.total_slices <= kChunkSlices;
+    // Resident: strips are fetched once and B streams, one stage for each step and chunk. Else each step's chunks are fetched as they are
+    // needed. The two share one copy of the code, because two would not fit in the registers together.
+    FM_DEVICE void run(int resident_chunks) {
+        const int num_chunks = (selection.total_slices + kChunkSlices - 1) / kChunkSlices;
+        const bool resident = num_chunks <= resident_chunks;
+        ring = memory.tiles + (resident && num_chunks > 1 ? num_chunks * kStripBytes : 0);
         int stage = kNumStages - 1;
         if constexpr (kAhead) load_source();
         FM_NO_UNROLL
         for (int row = unit.first_row; row < unit.end_row; row += kStepRows) {
             clear();
             FM_NO_UNROLL
-            for (int first_slice = 0; first_slice < selection.total_slices; first_slice += kChunkSlices) {
-                if (!streaming || row == unit.first_row) fetch_chunk(first_slice, streaming ? unit.end_row : row);
-                if (streaming) {
-                    if (row == unit.first_row) fill_ring();
+            for (int chunk = 0; chunk < num_chunks; ++chunk) {
+                const bool first = row == unit.first_row && chunk == 0;
+                if (!resident || first) fetch_chunks(chunk, resident ? num_chunks : 1, resident ? unit.end_row : row);
+                if (!resident || first || num_chunks > 1) read_strip(resident ? chunk : 0);
+                if (resident) {
+                    if (first) fill_ring(num_chunks);
                     stage = stage == kNumStages - 1 ? 0 : stage + 1;
-                    advance_ring(stage, row);
+                    advance_ring(stage, row, chunk, num_chunks);
                 }
-                multiply_chunk(stage);
+                multiply_chunk(stage, resident ? chunk : 0);
             }
             finish_rows();
         }
     }
 
-    // The strip of a chunk into registers, and its rows from `row` on (none at the unit's end) into the last stage.
-    FM_DEVICE void fetch_chunk(int first_slice, int row) {
-        load_table(first_slice);
-        copy_strip();
-        copy_rows(kNumStages - 1, row);
+    // The strips of `count` chunks, and the first one's rows from `row` on (none at the unit's end) in the last stage.
+    FM_DEVICE void fetch_chunks(int first_chunk, int count, int row) {
+        load_table(first_chunk, count);
+        FM_NO_UNROLL
+        for (int chunk = 0; chunk < count; ++chunk) copy_strip(chunk);
+        copy_rows(kNumStages - 1, row, 0);
         copy_async_commit();
         copy_async_wait<0>();
-        block_barrier();  // strip and rows are in shared memory
-        read_strip();
+        block_barrier();  // strips and rows are in shared memory
     }
 
-    FM_DEVICE void fill_ring() {
-        block_barrier();  // the strip is in registers; its place becomes the ring
-        FM_NO_UNROLL
-        for (int stage = 0; stage < kNumStages - 1; ++stage) {
-            copy_rows(stage, unit.first_row + stage * kStepRows);
-            copy_async_commit();
-        }
-    }
-
-    FM_DEVICE void advance_ring(int stage, int row) {
-        copy_async_wait<kNumStages - 2>();
-        block_barrier();  // this step's rows are visible, and the stage read a step ago is free
-        copy_rows(stage == 0 ? kNumStages - 1 : stage - 1, row + (kNumStages - 1) * kStepRows);
+    // The place `ahead` steps-and-chunks after (row, chunk); one group is committed whether or not it lies within the unit.
+    FM_DEVICE void prefetch_rows(int stage, int row, int chunk, int ahead, int num_chunks) {
+        const bool two = num_chunks > 1;
+        const int place = chunk + ahead;
+        copy_rows(stage, row + (two ? place / 2 : place) * kStepRows, two ? place % 2 : 0);
         copy_async_commit();
     }
 
-    // The slices of the chunk that begins at `first_slice`; its first barrier ends the use of the previous chunk.
-    FM_DEVICE void load_table(int first_slice) {
+    FM_DEVICE void fill_ring(int num_chunks) {
+        block_barrier();  // a single strip is in registers; its place becomes the ring
+        FM_NO_UNROLL
+        for (int stage = 0; stage < kNumStages - 1; ++stage) prefetch_rows(stage, unit.first_row, 0, stage, num_chunks);
+    }
+
+    FM_DEVICE void advance_ring(int stage, int row, int chunk, int num_chunks) {
+        copy_async_wait<kNumStages - 2>();
+        block_barrier();  // this step's rows are visible, and the stage read a step ago is free
+        prefetch_rows(stage == 0 ? kNumStages - 1 : stage - 1, row, chunk, kNumStages - 1, num_chunks);
+    }
+
+    // The slices of `count` chunks.
+    FM_DEVICE void load_table(int first_chunk, int count) {
+        int first_slice = first_chunk * kChunkSlices;
         int left = selection.total_slices - first_slice;
-        num_slices = left < kChunkSlices ? left : kChunkSlices;
+        num_slices = left < count * kChunkSlices ? left : count * kChunkSlices;
         block_barrier();  // the previous chunk has been used
         if (thread < num_slices) memory.slices[thread] = find_slice<Factor>(selection, segment, first_slice + thread);
         block_barrier();  // the table is visible
+    }
+
+    // How many slices of the table belong to its chunk-th chunk.
+    FM_DEVICE int slices_of(int chunk) const {
+        int left = num_slices - chunk * kChunkSlices;
+        return left < kChunkSlices ? left : kChunkSlices;
     }
 
     // 8 values of a factor into shared memory; `count` of them exist.
@@ -142,41 +162,45 @@ struct MmaUnit {
         }
     }
 
-    // The chunk's [128, 256] of A.
-    FM_DEVICE void copy_strip() {
+    // A chunk's [128, 256] of A.
+    FM_DEVICE void copy_strip(int chunk) {
+        const Slice* slices = memory.slices + chunk * kChunkSlices;
+        unsigned char* to = memory.tiles + chunk * kStripBytes;
+        const int count_slices = slices_of(chunk);
         int piece_col = unit.col + 8 * (thread % 32);
         FM_UNROLL
         for (int i = 0; i < 2 * kChunkSlices; ++i) {
-            if (i / 2 >= num_slices) break;
+            if (i / 2 >= count_slices) break;
             int k = thread / 32 + i % 2 * 8;
-            const Factor* a = static_cast<const Factor*>(memory.slices[i / 2].a) + k * segment.a_row_stride;
+            const Factor* a = static_cast<const Factor*>(slices[i / 2].a) + k * segment.a_row_stride;
             int count = segment.cols - piece_col;
-            copy_piece(memory.stages + (i / 2 * kRankStep + k) * kStripPitch + thread % 32 * 16, count > 0 ? a + piece_col : a, count,
+            copy_piece(to + (i / 2 * kRankStep + k) * kStripPitch + thread % 32 * 16, count > 0 ? a + piece_col : a, count,
                        (segment.flags & kAAligned) != 0);
         }
     }
 
-    // The chunk's [64, 128] of B from `first_row` on; rows past the unit become zeros.
-    FM_DEVICE void copy_rows(int stage, int first_row) {
+    // A chunk's [64, 128] of B from `first_row` on; rows past the unit become zeros.
+    FM_DEVICE void copy_rows(int stage, int first_row, int chunk) {
         int piece = thread % 16;
-        if (piece / 2 >= num_slices || first_row >= unit.end_row) return;
-        const Factor* b = static_cast<const Factor*>(memory.slices[piece / 2].b) + piece % 2 * 8;
+        if (piece / 2 >= slices_of(chunk) || first_row >= unit.end_row) return;
+        const Factor* b = static_cast<const Factor*>(memory.slices[chunk * kChunkSlices + piece / 2].b) + piece % 2 * 8;
         FM_UNROLL
         for (int i = 0; i < kStepRows; i += 16) {
             int row = i + thread / 16;
             bool exists = first_row + row < unit.end_row;
-            copy_piece(memory.stages + stage * kStageBytes + row * kStagePitch + piece * 16,
+            copy_piece(ring + stage * kStageBytes + row * kStagePitch + piece * 16,
                        exists ? b + (first_row + row) * segment.b_row_stride : b, exists ? 8 : 0,
                        (segment.flags & kBAligned) != 0);
         }
     }
 
     // Each fragment word pairs two ranks of one column: 16 bytes of two rows give the words of all four tiles.
-    FM_DEVICE void read_strip() {
-        const unsigned char* lane = memory.stages + 2 * quad * kStripPitch + warp * 64 + group / 2 * 16;
+    FM_DEVICE void read_strip(int chunk) {
+        const int count = slices_of(chunk);
+        const unsigned char* lane = memory.tiles + chunk * kStripBytes + 2 * quad * kStripPitch + warp * 64 + group / 2 * 16;
         FM_UNROLL
         for (int s = 0; s < kChunkSlices; ++s) {
-            if (s >= num_slices) break;
+            if (s >= count) break;
             FM_UNROLL
             for (int half = 0; half < 2; ++half) {
                 const unsigned char* row = lane + (s * kRankStep + half * 8) * kStripPitch;
@@ -193,13 +217,15 @@ struct MmaUnit {
         for (int i = 0; i < 64; ++i) acc[i / 16][i / 4 % 4][i % 4] = 0.0f;
     }
 
-    FM_DEVICE void multiply_chunk(int stage) {
+    FM_DEVICE void multiply_chunk(int stage, int chunk) {
+        const Slice* slices = memory.slices + chunk * kChunkSlices;
+        const int count = slices_of(chunk);
         int lane = thread % kWarpLanes;
-        const unsigned char* rows = memory.stages + stage * kStageBytes + lane % 16 * kStagePitch + lane / 16 * 16;
+        const unsigned char* rows = ring + stage * kStageBytes + lane % 16 * kStagePitch + lane / 16 * 16;
         FM_UNROLL
         for (int s = 0; s < kChunkSlices; ++s) {
-            if (s >= num_slices) break;
-            float ratio = memory.slices[s].ratio;
+            if (s >= count) break;
+            float ratio = slices[s].ratio;
             if (ratio != 1.0f) rescale(ratio);
             unsigned fragments[4][4];
             FM_UNROLL
