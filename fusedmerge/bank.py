@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Union
 from fusedmerge.errors import FormatError, InvalidTypeError, InvalidValueError, ShapeError, StateError, UnknownNameError
 from fusedmerge.formats.lora import Adapter, Factors
 from fusedmerge.memory import require_memory
-from fusedmerge.staging import RANK_MULTIPLE, TargetSpec, adapters_from_stacks, check_carried, orient, specs_from_weights
+from fusedmerge.staging import RANK_MULTIPLE, TargetSpec, adapters_from_stacks, check_carried, check_complete, orient, specs_from_weights
 from fusedmerge.weights import Weights, canonical_name, collect
 
 if TYPE_CHECKING:
@@ -121,6 +121,7 @@ class AdapterBank:
         found = collect(weights, operation)
         specs = specs_from_weights(adapters, found, device, dtype, operation)
         for adapter in adapters:
+            check_complete(adapter, found, operation)
             check_carried(adapter, found, operation)
         return cls._build(adapters, specs, capacity, max_rank, operation)
 

@@ -15,7 +15,7 @@ from fusedmerge.weights import Weight, canonical_name
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["RANK_MULTIPLE", "TargetSpec", "adapters_from_stacks", "check_carried", "orient", "specs_from_weights"]
+__all__ = ["RANK_MULTIPLE", "TargetSpec", "adapters_from_stacks", "check_carried", "check_complete", "orient", "specs_from_weights"]
 
 RANK_MULTIPLE = 16  # one k16 step of mma.sync
 logger = logging.getLogger(__name__)
@@ -66,6 +66,20 @@ def specs_from_weights(
     return specs
 
 
+def check_complete(adapter: Adapter, found: Mapping[str, Weight], operation: str) -> None:
+    """A target module that the adapter's configuration lists and the model has, but that no tensor adapts, means a file with parts missing.
+
+    Entries that the model has no module for are no fault: PEFT ignores them.
+    """
+    listed = adapter.config.get("target_modules")
+    if not isinstance(listed, (list, tuple, set)) or adapter.config.get("exclude_modules") or adapter.config.get("layers_to_transform") is not None:
+        return  # a regular expression, or a list whose entries may rightly match nothing
+    for entry in listed:
+        ending = f".{entry}.weight"
+        if any(f".{name}".endswith(ending) for name in found) and not any(f".{name}".endswith(ending) for name in adapter.targets):
+            raise FormatError(operation, f'adapter "{adapter.name}": target_modules', f"factors for the entry {entry!r}", "none")
+
+
 def check_carried(adapter: Adapter, found: Mapping[str, Weight], operation: str) -> None:
     """Base weights that an adapter's file carries must equal the model's, bit for bit: they would be lost otherwise."""
     import torch
@@ -82,7 +96,7 @@ def check_carried(adapter: Adapter, found: Mapping[str, Weight], operation: str)
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     import torch
 
-    return tensor.contiguous().view(torch.uint8)
+    return tensor.reshape(-1).contiguous().view(torch.uint8)
 
 
 def orient(adapter: Adapter, specs: Mapping[str, TargetSpec], operation: str) -> tuple[dict[str, Factors], float]:

@@ -140,6 +140,15 @@ def test_base_weights_in_a_file_must_equal_the_model_s_bits():
         fm.AdapterBank.from_adapters([Adapter("one", {"w": _factors(2, 4, 5)}, base_weights={"x": torch.ones(1)})], weights)
 
 
+def test_a_listed_target_module_without_factors_is_refused_if_the_model_has_it():
+    weights = {"l.0.q.weight": torch.zeros(4, 5), "l.0.v.weight": torch.zeros(4, 5)}
+    factors = {"l.0.q.weight": _factors(2, 4, 5)}
+    fm.AdapterBank.from_adapters([Adapter("one", factors, {"target_modules": ["q", "no_such_module"]})], weights)
+    fm.AdapterBank.from_adapters([Adapter("one", factors, {"target_modules": ["q", "v"], "exclude_modules": ["v"]})], weights)
+    with pytest.raises(errors.FormatError, match="target_modules: expected factors for the entry 'v', got none"):
+        fm.AdapterBank.from_adapters([Adapter("one", factors, {"target_modules": ["q", "v"]})], weights)
+
+
 def test_memory_is_estimated_before_anything_is_allocated(monkeypatch):
     weights = kit.make_weights([(64, 32)])
     monkeypatch.setattr(memory, "available_bytes", lambda device: 1000)

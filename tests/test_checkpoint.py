@@ -513,6 +513,7 @@ def test_unbuildable_model_class_falls_back_to_the_files_names(llama, caplog):
     config = {"architectures": ["LlamaForCausalLM"]}
     disk = list(tensors_of(llama))
     assert checkpoint_names.describe(llama, {"architectures": ["NoSuchModel"]}, disk) == checkpoint_names.Rules()
+    assert not caplog.text  # a model of somebody's own code
     assert checkpoint_names.describe(llama / "nowhere", config, disk) == checkpoint_names.Rules()
     assert "could not build LlamaForCausalLM" in caplog.text
 

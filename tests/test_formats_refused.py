@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 
@@ -66,9 +67,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:::peft")  # what PEFT says of od
         ({"rank_pattern": {"(q": 4}}, r"rank_pattern: expected regular expressions, got '\(q'"),
         ({"r": 4}, r"q.lora_A.weight: expected rank 4, got rank 2 \(shape \[2, 6\]\)"),
         ({"rank_pattern": {"q": 3}}, "q.lora_A.weight: expected rank 3, got rank 2"),
-        ({"target_modules": ["q", "v"]}, "target_modules: expected tensors for the entry 'v'"),
-        ({"target_modules": ["er.q"]}, "target_modules: expected tensors for the entry 'er.q'"),
-        ({"target_modules": [7]}, "target_modules: expected names, got 7"),
     ],
 )
 def test_config_refusals(tmp_path, fields, message):
@@ -187,10 +185,8 @@ def test_damaged_files_raise_typed_errors_only(tmp_path_factory, data, name):
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     path.write_bytes(content)
-    try:
+    with contextlib.suppress(FusedMergeError):
         read_peft(path.parent)
-    except FusedMergeError:
-        pass
 
 
 def test_one_file_under_the_other_name(tmp_path):

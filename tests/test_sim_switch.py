@@ -12,9 +12,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "sim"))
 
-import build
 import harness
 from harness import BAD_GATE, BAD_ID, BF16, FLOAT32, FP8, FP16, NON_FINITE, Launch, check, decode, make_target, options, truth
+
+import build
 
 CORRECT_SHARE = {BF16: 0.999, FP16: 0.995}
 NAMES = {BF16: "bf16", FP16: "fp16", FLOAT32: "float32", FP8: "fp8"}
@@ -41,7 +42,7 @@ def poison(targets) -> None:
         t.live[:] = np.nan if t.live.dtype == np.float32 else 0xFFFF
 
 
-# ---- values ---------------------------------------------------------------------------------------------------------------------------
+# ---- values ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("live", [BF16, FP16, FLOAT32], ids=NAMES.get)
@@ -196,7 +197,7 @@ def test_gates_of_extreme_size(lib, rng):
     check(target, launch, [0, 1, 2], [1e-42, 1e-30, 1.0])
 
 
-# ---- bits -----------------------------------------------------------------------------------------------------------------------------
+# ---- bits ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("live", "factor"), [(BF16, BF16), (FP16, FLOAT32)])
@@ -238,7 +239,7 @@ def test_a_thousand_switches_then_restore(lib, rng):
     assert all(np.array_equal(t.live, t.base) for t in targets)
 
 
-# ---- in place -------------------------------------------------------------------------------------------------------------------------
+# ---- in place --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("live", [BF16, FLOAT32], ids=NAMES.get)
@@ -271,7 +272,7 @@ def test_inplace_drift_is_one_rounding_a_switch(lib, rng):
     assert 1e-3 < drift < 50 * 2.0**-8
 
 
-# ---- the selection's protocol -----------------------------------------------------------------------------------------------------------
+# ---- the selection's protocol ----------------------------------------------------------------------------------------
 
 
 def test_an_unchanged_selection_writes_nothing(lib, rng):
@@ -297,6 +298,7 @@ def test_an_unchanged_selection_writes_nothing(lib, rng):
         ([0, 1], [1.0, np.nan], BAD_GATE),
         ([0, 1], [-np.inf, 1.0], BAD_GATE),
         ([1, 1], [3e38, 3e38], BAD_GATE),
+        ([1, -1], [1.0, np.nan], BAD_GATE),  # in an empty slot too
         ([9, 1], [1.0, np.nan], BAD_ID | BAD_GATE),
     ],
 )
@@ -348,7 +350,7 @@ def test_finite_flag(lib, rng):
     assert launch.state.status == 0
 
 
-# ---- addresses and plans ----------------------------------------------------------------------------------------------------------------
+# ---- addresses and plans ---------------------------------------------------------------------------------------------
 
 
 def test_offsets_past_2_to_the_31_elements(lib, rng):
@@ -416,7 +418,7 @@ def test_plan_of_llama_2_7b(lib):
     assert result.live_bytes == result.source_bytes == 2 * 6_476_005_376
     assert result.adapter_bytes * 2 == 639_631_360  # two adapters of rank 64: 0.64 GB
     assert result.grid == 132
-    ends = [s.first_unit for s in segments][1:] + [result.num_units]
+    ends = [*(s.first_unit for s in segments[1:]), result.num_units]
     for s, end in zip(segments, ends, strict=True):
         panels = -(-s.rows // s.unit_rows)
         assert s.unit_rows % 64 == 0 and (end - s.first_unit) == panels * -(-s.cols // 256)
@@ -458,11 +460,12 @@ def test_plans_that_are_refused(lib, changes, words):
     assert result.error.decode().startswith("switch: ")
 
 
-# ---- the simulator's own arithmetic --------------------------------------------------------------------------------------------------------
+# ---- the simulator's own arithmetic ----------------------------------------------------------------------------------
 
 
 def test_conversions_match_numpy(lib, rng):
-    values = np.concatenate([rng.standard_normal(300) * 10.0 ** rng.uniform(-9, 5, 300), [0.0, -0.0, 65519.9, 65520.0, 2.0**-25, 6e-8, np.inf]])
+    special = [0.0, -0.0, 65519.9, 65520.0, 2.0**-25, 6e-8, np.inf]
+    values = np.concatenate([rng.standard_normal(300) * 10.0 ** rng.uniform(-9, 5, 300), special])
     for x in values.astype(np.float32):
         with np.errstate(over="ignore"):
             assert np.float32(lib.fm_sim_fp16(x)).tobytes() == np.float32(np.float16(x)).tobytes()

@@ -17,17 +17,16 @@ constexpr Number number_of() {
 
 template <class Live, class Source, class Factor>
 SwitchInstance instance() {
-    return {number_of<Live>(), number_of<Source>(), number_of<Factor>(), reinterpret_cast<const void*>(&switch_kernel<Live, Source, Factor>),
-            kSwitchSharedBytes<Factor>};
+    return {number_of<Live>(), number_of<Source>(), number_of<Factor>(),
+            reinterpret_cast<const void*>(&switch_kernel<Live, Source, Factor>), kSwitchSharedBytes<Factor>};
 }
 
 const SwitchInstance kSwitchInstances[] = {
-    instance<Bf16, Bf16, Bf16>(),      instance<Bf16, float, Bf16>(),   instance<Bf16, Fp8E4M3, Bf16>(),  //
-    instance<Fp16, Fp16, Fp16>(),      instance<Fp16, float, Fp16>(),   instance<Fp16, Fp8E4M3, Fp16>(),  //
-    instance<Bf16, Bf16, float>(),     instance<Bf16, float, float>(),  instance<Bf16, Fp8E4M3, float>(),
-    instance<Fp16, Fp16, float>(),     instance<Fp16, float, float>(),  instance<Fp16, Fp8E4M3, float>(),
-    instance<float, float, float>(),   instance<float, Bf16, float>(),  instance<float, Fp16, float>(),
-    instance<float, Fp8E4M3, float>(),
+    instance<Bf16, Bf16, Bf16>(),   instance<Bf16, float, Bf16>(),     instance<Bf16, Fp8E4M3, Bf16>(),  //
+    instance<Fp16, Fp16, Fp16>(),   instance<Fp16, float, Fp16>(),     instance<Fp16, Fp8E4M3, Fp16>(),  //
+    instance<Bf16, Bf16, float>(),  instance<Bf16, float, float>(),    instance<Bf16, Fp8E4M3, float>(), instance<Fp16, Fp16, float>(),
+    instance<Fp16, float, float>(), instance<Fp16, Fp8E4M3, float>(),  instance<float, float, float>(),  instance<float, Bf16, float>(),
+    instance<float, Fp16, float>(), instance<float, Fp8E4M3, float>(),
 };
 
 }  // namespace

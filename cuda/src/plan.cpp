@@ -39,12 +39,14 @@ bool check_request(const PlanRequest& request, PlanResult& result) {
         return refuse(result, "switch: unit rows: expected a multiple of %d, got %d", kStepRows, request.unit_rows);
     int shared_bytes = least_shared_bytes(static_cast<Number>(request.factor));
     if (request.shared_bytes_limit < shared_bytes)
-        return refuse(result, "switch: shared memory of a block: expected at least %d bytes, got %d", shared_bytes, request.shared_bytes_limit);
+        return refuse(result, "switch: shared memory of a block: expected at least %d bytes, got %d", shared_bytes,
+                      request.shared_bytes_limit);
     return true;
 }
 
 bool check_segment(const SwitchSegment& s, int i, const PlanRequest& request, PlanResult& result) {
-    if (s.rows < 0 || s.cols < 0) return refuse(result, "switch: segment %d: expected a shape [rows, cols], got [%d, %d]", i, s.rows, s.cols);
+    if (s.rows < 0 || s.cols < 0)
+        return refuse(result, "switch: segment %d: expected a shape [rows, cols], got [%d, %d]", i, s.rows, s.cols);
     if (s.rows == 0 || s.cols == 0) return true;
     if (s.live == nullptr || s.source == nullptr || s.a == nullptr || s.b == nullptr || s.scaling == nullptr)
         return refuse(result, "switch: segment %d: expected live, source, a, b and scaling, got a null pointer", i);
@@ -61,13 +63,14 @@ bool check_segment(const SwitchSegment& s, int i, const PlanRequest& request, Pl
     if (request.inplace && (s.live != s.source || s.live_stride != s.source_stride))
         return refuse(result, "switch: segment %d: expected source to be live in place, got another matrix", i);
     if (s.scale_row_shift < 0 || s.scale_row_shift > 31 || s.scale_col_shift < 3 || s.scale_col_shift > 31)
-        return refuse(result, "switch: segment %d: expected scale shifts of 0-31 (rows) and 3-31 (columns), got %d and %d", i, s.scale_row_shift,
-                      s.scale_col_shift);
+        return refuse(result, "switch: segment %d: expected scale shifts of 0-31 (rows) and 3-31 (columns), got %d and %d", i,
+                      s.scale_row_shift, s.scale_col_shift);
     return true;
 }
 
 bool aligned(const void* pointer, long long stride, long long other_stride, int bytes, int alignment) {
-    return reinterpret_cast<uintptr_t>(pointer) % alignment == 0 && stride * bytes % alignment == 0 && other_stride * bytes % alignment == 0;
+    return reinterpret_cast<uintptr_t>(pointer) % alignment == 0 && stride * bytes % alignment == 0 &&
+           other_stride * bytes % alignment == 0;
 }
 
 int flags_of(const SwitchSegment& s, const PlanRequest& request) {
@@ -127,7 +130,8 @@ bool is_deep(const PlanRequest& request, const SwitchSegment* segments) {
 
 void add_bytes(const SwitchSegment& s, const PlanRequest& request, PlanResult& result) {
     long long elements = static_cast<long long>(s.rows) * s.cols;
-    long long adapter = static_cast<long long>(s.rank) * (static_cast<long long>(s.rows) + s.cols) * size_of(static_cast<Number>(request.factor));
+    long long adapter =
+        static_cast<long long>(s.rank) * (static_cast<long long>(s.rows) + s.cols) * size_of(static_cast<Number>(request.factor));
     result.live_bytes += elements * size_of(static_cast<Number>(request.live));
     result.source_bytes += elements * size_of(static_cast<Number>(request.source));
     if (s.source_scale != nullptr && s.rows > 0 && s.cols > 0)

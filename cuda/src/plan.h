@@ -24,15 +24,15 @@ struct PlanRequest {
 
 struct PlanResult {
     long long num_units;
-    long long live_bytes;    // written by a switch
-    long long source_bytes;  // read by an exact switch, scales included
-    long long adapter_bytes; // read per chosen adapter of full rank
-    long long bank_bytes;    // a and b of all N adapters
-    long long table_bytes;   // device memory of the segment table and the state
+    long long live_bytes;     // written by a switch
+    long long source_bytes;   // read by an exact switch, scales included
+    long long adapter_bytes;  // read per chosen adapter of full rank
+    long long bank_bytes;     // a and b of all N adapters
+    long long table_bytes;    // device memory of the segment table and the state
     int grid;
     int shared_bytes;
     int resident_chunks;  // for SwitchParams
-    char error[256];  // operation, field, expected, got; empty on success
+    char error[256];      // operation, field, expected, got; empty on success
 };
 
 // Fills first_unit, unit_rows and flags of `segments`. False, with `result.error` and nothing else changed, where the request is not valid.

@@ -21,12 +21,12 @@ __all__ = ["NativeSwitch", "extension"]
 
 
 def extension() -> Any:
-    """The compiled extension, or None where it was not built."""
+    """The compiled extension; None where it was not built, or has no vector variant for this processor (torch's GEMM is faster then)."""
     try:
         from fusedmerge import _ext
     except ImportError:
         return None
-    return _ext
+    return _ext if _ext.isa() != "portable" else None
 
 
 def _dtype_code(dtype: torch.dtype) -> int:

@@ -195,7 +195,7 @@ def _check_whole(parts: _Parts, layout: Layout) -> None:
         if experts != expected:
             raise FormatError(_OPERATION, module, f"experts 0 to {len(expected) - 1}, as many as its router has rows", sorted(experts))
         key, a = parts.experts[0][module].get("A", ("", None))
-        if owner == module and a is not None and a.dim() == 2 and a.shape[1] != parts.routers[owner].shape[1]:  # noqa: PLR2004
+        if owner == module and a is not None and a.dim() == 2 and a.shape[1] != parts.routers[owner].shape[1]:
             raise FormatError(_OPERATION, f"router of {module}", f"{a.shape[1]} columns, as in {key}", list(parts.routers[owner].shape))
     if idle := parts.routers.keys() - routed:
         raise FormatError(_OPERATION, "tensors", "experts for every router", f"none for {shorten(idle)}")

@@ -7,7 +7,7 @@ Every tensor of the file is used or refused by name, and every configuration fie
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from fusedmerge.errors import FormatError
@@ -54,7 +54,8 @@ def read_peft(directory: PathLike, name: str | None = None) -> Adapter:
         for target, sides in layers.items():
             scale = rule.scale(target.removesuffix(".weight"))
             targets[target] = make_factors(target, sides, scale, stored_in_out, _OPERATION)
-    _check_all_there(config, targets)
+    if not targets:
+        raise FormatError(_OPERATION, "tensors", "the factors of at least one module", "none")
     return Adapter(last_part if name is None else name, targets, config, base)
 
 
@@ -100,19 +101,3 @@ def _sort(tensors: Mapping[str, torch.Tensor]) -> tuple[_Layers, _Layers, dict[s
 def _check_new(key: str, other: str) -> None:
     if other:
         raise FormatError(_OPERATION, "tensors", "one tensor of each name (wrappers' prefixes dropped)", f"{key} and {other}")
-
-
-def _check_all_there(config: Mapping[str, Any], targets: Iterable[str]) -> None:
-    """Each entry of a list of target modules has a tensor: a file without some would silently merge a part of the adapter only."""
-    if not targets:
-        raise FormatError(_OPERATION, "tensors", "the factors of at least one module", "none")
-    listed = config.get("target_modules")
-    if not isinstance(listed, list) or config.get("exclude_modules") or config.get("layers_to_transform") is not None:
-        return  # a regular expression, or a list whose entries may rightly match nothing
-    modules = [target.removesuffix(".weight") for target in targets]
-    for entry in listed:
-        if not isinstance(entry, str):
-            raise FormatError(_OPERATION, "target_modules", "names", repr(entry))
-        if not any(module == entry or module.endswith("." + entry) for module in modules):
-            expected = f"tensors for the entry {entry!r} (if the model has no such module, remove the entry)"
-            raise FormatError(_OPERATION, "target_modules", expected, "none")

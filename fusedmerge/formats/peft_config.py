@@ -53,11 +53,16 @@ _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 # Read below, or without influence on scaling * B A: where modules are looked for, how A and B began, training, bookkeeping.
+# fmt: off
 _KNOWN = frozenset(
-    "peft_type r lora_alpha use_rslora rank_pattern alpha_pattern fan_in_fan_out target_modules exclude_modules layers_to_transform "
-    "layers_pattern lora_dropout loftq_config eva_config corda_config lora_ga_config qalora_group_size megatron_config megatron_core "
-    "runtime_config task_type auto_mapping peft_version base_model_name_or_path revision inference_mode merge_weights".split()
+    (
+        "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "target_modules",
+        "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "loftq_config", "eva_config", "corda_config",
+        "lora_ga_config", "qalora_group_size", "megatron_config", "megatron_core", "runtime_config", "task_type", "auto_mapping",
+        "peft_version", "base_model_name_or_path", "revision", "inference_mode", "merge_weights",
+    )
 )
+# fmt: on
 
 
 def check_fields(config: Mapping[str, Any], operation: str, known: frozenset[str] = frozenset()) -> None:
@@ -141,6 +146,6 @@ def _rank(value: object, name: str, operation: str) -> int:
 
 
 def _alpha(value: object, name: str, operation: str) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= 1e30:  # noqa: PLR2004  (nan and inf fail too)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= 1e30:  # nan and inf fail it too
         raise FormatError(operation, name, "a finite number", _show(value))
     return float(value)

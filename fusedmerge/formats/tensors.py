@@ -115,9 +115,9 @@ def check_matrix(tensor: torch.Tensor, name: str, operation: str) -> torch.Tenso
     import torch
 
     _check_dense(tensor, name, operation)
-    if tensor.dim() > 2:  # noqa: PLR2004
+    if tensor.dim() > 2:
         raise FormatError(operation, name, "a matrix (LoRA on a convolution is not supported)", f"shape {list(tensor.shape)}")
-    if tensor.dim() != 2 or tensor.numel() == 0:  # noqa: PLR2004
+    if tensor.dim() != 2 or tensor.numel() == 0:
         raise FormatError(operation, name, "a matrix (were the shards gathered before saving?)", f"shape {list(tensor.shape)}")
     if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         raise FormatError(operation, name, "bfloat16, float16, float32 or float64", tensor.dtype)

@@ -48,10 +48,14 @@ Kernel pick_source(Number live, Number source, Number factor) {
 
 Kernel pick(Number live, Number source, Number factor) {
     switch (live) {
-        case Number::kBf16: return pick_source<Bf16>(live, source, factor);
-        case Number::kFp16: return pick_source<Fp16>(live, source, factor);
-        case Number::kFloat32: return pick_source<float>(live, source, factor);
-        default: return {};
+        case Number::kBf16:
+            return pick_source<Bf16>(live, source, factor);
+        case Number::kFp16:
+            return pick_source<Fp16>(live, source, factor);
+        case Number::kFloat32:
+            return pick_source<float>(live, source, factor);
+        default:
+            return {};
     }
 }
 
@@ -60,7 +64,9 @@ Kernel pick(Number live, Number source, Number factor) {
 extern "C" {
 
 // 0 = planned; otherwise result->error says why not.
-int fm_sim_plan(const PlanRequest* request, SwitchSegment* segments, PlanResult* result) { return plan_switch(*request, segments, *result) ? 0 : 1; }
+int fm_sim_plan(const PlanRequest* request, SwitchSegment* segments, PlanResult* result) {
+    return plan_switch(*request, segments, *result) ? 0 : 1;
+}
 
 // 0 = the launch ended; otherwise fm_sim_error() says what the simulator objected to.
 int fm_sim_switch(int live, int source, int factor, const SwitchParams* params, int grid, int shared_bytes, const sim::Options* options) {
@@ -83,14 +89,17 @@ int fm_sim_shared_bytes(int factor) {
     return factor == static_cast<int>(Number::kFloat32) ? kSwitchSharedBytes<float> : kSwitchSharedBytes<Bf16>;
 }
 
-float fm_sim_dot(float c, const float* a, const float* b, int depth, int extra_bits) { return sim::dot_truncated(c, a, b, depth, extra_bits); }
+float fm_sim_dot(float c, const float* a, const float* b, int depth, int extra_bits) {
+    return sim::dot_truncated(c, a, b, depth, extra_bits);
+}
 float fm_sim_fp16(float x) { return sim::fp16_to_float(sim::float_to_fp16(x)); }
 unsigned fm_sim_bf16(float x) { return sim::float_to_bf16(x); }
 float fm_sim_fp8(unsigned bits) { return widen_fp8(bits); }
 
 // "Struct.field offset size" lines, for the equality test with Python.
 const char* fm_sim_layout() {
-#define FIELD(type, field) text += #type "." #field " " + std::to_string(offsetof(type, field)) + " " + std::to_string(sizeof(type::field)) + "\n"
+#define FIELD(type, field) \
+    text += #type "." #field " " + std::to_string(offsetof(type, field)) + " " + std::to_string(sizeof(type::field)) + "\n"
     static const std::string layout = [] {
         std::string text;
         FIELD(SwitchSegment, live);

@@ -1,8 +1,8 @@
 """Mutation test of the kernels' synchronisation: `python tests/sim/mutants.py [--jobs 2] [--only TEXT] [--list]`.
 
-Each mutant is the kernel sources with one barrier, one wait or one commit removed, or with one step of the selection's protocol broken. It is
-compiled into its own simulator library and the suite runs against it until a test fails: the mutant is caught. Ends with status 1 where one
-survives. Fences and memory order are not modelled by the simulator; no mutant removes one (docs/kernels/switch.md lists them).
+Each mutant is the kernel sources with one barrier, one wait or one commit removed, or with one step of the selection's protocol broken.
+It is compiled into its own simulator library and the suite runs against it until a test fails: the mutant is caught. Ends with status 1
+where one survives. Fences and memory order are not modelled by the simulator; no mutant removes one (docs/kernels/switch.md lists them).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 
 import build
 
+SUITE = "tests/test_sim_switch.py"
 KERNELS = "cuda/include/fusedmerge/kernel"
 REMOVABLE = re.compile(r"^\s*(block_barrier\(\)|copy_async_wait<[^>]*>\(\)|copy_async_commit\(\));")
 UNMUTATED = {"platform.cuh", "ptx.cuh"}  # definitions, not uses
@@ -53,7 +54,8 @@ def mutants() -> Iterator[Mutant]:
         lines = path.read_text().splitlines(keepends=True)
         for i, line in enumerate(lines):
             if "block_any(" in line:
-                yield Mutant(path.name, i + 1, f"each thread alone in {line.strip()}", "".join([*lines[:i], line.replace("block_any(", "bool("), *lines[i + 1 :]]))
+                alone = [*lines[:i], line.replace("block_any(", "bool("), *lines[i + 1 :]]
+                yield Mutant(path.name, i + 1, f"each thread alone in {line.strip()}", "".join(alone))
             if REMOVABLE.match(line):
                 yield Mutant(path.name, i + 1, f"without {line.strip()}", "".join([*lines[:i], "\n", *lines[i + 1 :]]))
     for file, old, new, title in PROTOCOL:
@@ -63,16 +65,16 @@ def mutants() -> Iterator[Mutant]:
         yield Mutant(file, text[: text.index(old)].count("\n") + 1, title, text.replace(old, new))
 
 
-def run(mutant: Mutant, place: Path, objects: dict[str, Path]) -> str | None:
+def run(mutant: Mutant, place: Path, snapshot: Path, objects: dict[str, Path]) -> str | None:
     """The first test that fails, or None."""
     root = place / "root"
-    for folder in ("cuda", "tests/sim"):
-        shutil.copytree(build.ROOT / folder, root / folder)
+    shutil.copytree(snapshot, root)
     (root / KERNELS / mutant.file).write_text(mutant.text)
     library = build.compile_library(place / "mutant.so", root, ["-Wno-unused"], objects)
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", str(build.ROOT / "tests/test_sim_switch.py")]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", str(root / SUITE)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "FUSEDMERGE_SIM_LIB": str(library)}, timeout=300)
+        environment = {**os.environ, "FUSEDMERGE_SIM_LIB": str(library)}
+        done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=300)
     except subprocess.TimeoutExpired:
         return "(did not end)"
     failed = re.search(r"^(?:FAILED|ERROR) \S+::(\S+)", done.stdout, re.MULTILINE)
@@ -90,12 +92,16 @@ def main() -> int:
         print("\n".join(f"{m.file}:{m.line} {m.title}" for m in chosen))
         return 0
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(arguments.jobs) as pool:
+        snapshot = Path(scratch) / "snapshot"  # so that edits made meanwhile change nothing
+        for folder in ("cuda", "tests/sim"):
+            shutil.copytree(build.ROOT / folder, snapshot / folder)
+        shutil.copy(build.ROOT / SUITE, snapshot / SUITE)
         objects = compile_shared_units(Path(scratch))
 
         def judge(item: tuple[int, Mutant]) -> bool:
             place = Path(scratch) / str(item[0])
             place.mkdir()
-            failed = run(item[1], place, objects)
+            failed = run(item[1], place, snapshot, objects)
             print(f"{'caught' if failed else 'SURVIVED':9} {item[1].file}:{item[1].line} {item[1].title}  [{failed or ''}]", flush=True)
             return failed is not None
 

@@ -99,10 +99,12 @@ thread_local std::vector<std::unique_ptr<Stack>> spare_stacks;
 Fiber& self() { return *machine->current; }
 
 void fail(const std::string& message) {
-    if (machine->error.empty()) machine->error = "block " + std::to_string(self().block->index) + ", thread " + std::to_string(self().thread) + ": " + message;
+    if (machine->error.empty())
+        machine->error = "block " + std::to_string(self().block->index) + ", thread " + std::to_string(self().thread) + ": " + message;
 }
 
-// ---- switching between fibers: ucontext to start one; setjmp afterwards, which makes no system call (ucontext throughout under ASan) ------
+// ---- switching between fibers: ucontext to start one; setjmp afterwards, which makes no system call (ucontext throughout under ASan)
+// ------
 
 #if defined(__SANITIZE_ADDRESS__)
 void resume(Fiber& fiber) {

@@ -1,9 +1,9 @@
 // The host simulator: what platform.cuh and ptx.cuh call when no CUDA compiler is at work.
 //
-// One fiber per CUDA thread; a fiber runs until it meets a barrier, a warp-wide instruction, an atomic or its end. Several blocks are resident
-// and take turns at random; blocks start in index order. A launch fails, with a message, on divergent barriers (threads that can never meet),
-// misaligned 16-byte accesses, and asynchronous copies that nobody waited for. Shared memory starts as NaN.
-// Not modelled: fences, memory order, cache policies, bank conflicts, timing.
+// One fiber per CUDA thread; a fiber runs until it meets a barrier, a warp-wide instruction, an atomic or its end. Several blocks are
+// resident and take turns at random; blocks start in index order. A launch fails, with a message, on divergent barriers (threads that can
+// never meet), misaligned 16-byte accesses, and asynchronous copies that nobody waited for. Shared memory starts as NaN. Not modelled:
+// fences, memory order, cache policies, bank conflicts, timing.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@
 namespace fusedmerge::sim {
 
 enum class ThreadOrder { kForward = 0, kReverse = 1, kShuffled = 2 };
-enum class TensorCore { kA100 = 0, kH100 = 1 };              // one extra alignment bit over k8 blocks; two over k16
+enum class TensorCore { kA100 = 0, kH100 = 1 };                 // one extra alignment bit over k8 blocks; two over k16
 enum class AsyncCopies { kLate = 0, kEarly = 1, kRandom = 2 };  // data moves at the wait, at the issue, or at either
 
 struct Options {

@@ -4,11 +4,11 @@
 
 namespace fusedmerge {
 
-constexpr int kMaxSlots = 32;   // k: slots of one selection
-constexpr int kRankStep = 16;   // the bank's ranks are padded to a multiple of this with zeros
-constexpr int kThreads = 256;   // threads of a block
-constexpr int kStripCols = 256; // columns of a unit of work
-constexpr int kStepRows = 64;   // rows of one step through a unit
+constexpr int kMaxSlots = 32;     // k: slots of one selection
+constexpr int kRankStep = 16;     // the bank's ranks are padded to a multiple of this with zeros
+constexpr int kThreads = 256;     // threads of a block
+constexpr int kStripCols = 256;   // columns of a unit of work
+constexpr int kStepRows = 64;     // rows of one step through a unit
 constexpr int kChunkDepth = 128;  // ranks that the mma path holds in registers at a time
 
 // Bits of SwitchSegment::flags, set by the planner: where 16-byte accesses (8-byte for an fp8 source) are aligned in every row.
@@ -36,7 +36,7 @@ struct SwitchSegment {
     long long first_unit;    // set by the planner: units of all segments before this one
     int rows;
     int cols;
-    int rank;  // r, a multiple of kRankStep
+    int rank;             // r, a multiple of kRankStep
     int scale_row_shift;  // log2 of rows per scale; 31 = one scale for all rows
     int scale_col_shift;
     int unit_rows;  // set by the planner: rows of a unit, a multiple of kStepRows
@@ -46,10 +46,10 @@ struct SwitchSegment {
 
 // Device memory owned by one switcher; zeroed by the host before the first launch.
 struct SwitchState {
-    int valid;      // 0 forces the next switch
-    int num_last;   // adapters in the mixture that was last applied
-    int ticket;     // blocks that have finished
-    int status;     // SwitchStatus
+    int valid;                    // 0 forces the next switch
+    int num_last;                 // adapters in the mixture that was last applied
+    int ticket;                   // blocks that have finished
+    int status;                   // SwitchStatus
     int last_ids[kMaxSlots];      // ascending, no duplicates
     float last_gates[kMaxSlots];  // none is zero
 };
@@ -61,10 +61,10 @@ struct SwitchParams {
     const float* gates;             // [k] on the device
     long long num_units;
     int num_segments;
-    int num_slots;     // k
-    int num_adapters;  // N
-    int inplace;       // live += new - last, instead of live = source + new
-    int check_finite;  // set kStatusNonFinite where a stored weight is not finite
+    int num_slots;        // k
+    int num_adapters;     // N
+    int inplace;          // live += new - last, instead of live = source + new
+    int check_finite;     // set kStatusNonFinite where a stored weight is not finite
     int resident_chunks;  // 1 or 2: set by the planner, with the shared memory that it takes
 };
 

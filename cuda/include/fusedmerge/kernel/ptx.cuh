@@ -1,6 +1,7 @@
 // Every PTX instruction the kernels use, each beside its host twin.
 //
-// Shared-memory operands are passed as generic pointers. Fragments follow the PTX manual's m16n8k16 layout; with g = lane / 4, t = lane % 4:
+// Shared-memory operands are passed as generic pointers. Fragments follow the PTX manual's m16n8k16 layout. With g = lane / 4 and
+// t = lane % 4:
 //   a[0..3]  (row g, k 2t..2t+1), (row g+8, same k), (row g, k 2t+8..2t+9), (row g+8, same k)      two 16-bit values in each word
 //   b[0..1]  (k 2t..2t+1, column g), (k 2t+8..2t+9, column g)
 //   c[0..3]  (row g, columns 2t, 2t+1), (row g+8, same columns)
@@ -19,6 +20,8 @@ struct Fp16 {
 struct Fp8E4M3 {
     unsigned char bits;
 };
+
+// clang-format off: an instruction, its outputs, its inputs, each on a line
 
 // ---- asynchronous copies into shared memory -------------------------------------------------------------------------------------------
 
@@ -141,5 +144,7 @@ FM_DEVICE float widen_fp8(unsigned bits) {
     unsigned pattern = rest == 0x7fu ? 0x7fffffffu : float_to_bits(value);
     return bits_to_float(pattern | (bits & 0x80u) << 24);
 }
+
+// clang-format on
 
 }  // namespace fusedmerge

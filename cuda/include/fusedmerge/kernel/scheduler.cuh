@@ -11,9 +11,9 @@ namespace fusedmerge {
 
 struct Unit {
     int segment_idx;
-    int col;        // first column
+    int col;  // first column
     int first_row;
-    int end_row;    // first_row < end_row <= rows
+    int end_row;  // first_row < end_row <= rows
 };
 
 // A persistent block's walk: units block, block + grid, block + 2 grid, ...

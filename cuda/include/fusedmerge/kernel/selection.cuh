@@ -1,11 +1,11 @@
 // Which adapters to add, decided on the device.
 //
-// A selection is k slots (id, gate). Its canonical form, the *mixture*, has ascending ids, duplicates added in slot order in float32, and no
-// zero gates. Exact mode adds the mixture to the base; in place, [new slots, -last] is merged by the same rule, so that an adapter present in
-// both moves by the difference of its gates and one that did not change is not touched at all.
+// A selection is k slots (id, gate). Its canonical form, the *mixture*, has ascending ids, duplicates added in slot order in float32, and
+// no zero gates. Exact mode adds the mixture to the base; in place, [new slots, -last] is merged by the same rule, so that an adapter
+// present in both moves by the difference of its gates and one that did not change is not touched at all.
 //
-// Protocol (one switcher, one stream): every block reads the last and the next selection before it stores anything; after its units it takes a
-// ticket, and the block with the last ticket writes last := applied. So no block can see the update of the launch it belongs to.
+// Protocol (one switcher, one stream): every block reads the last and the next selection before it stores anything; after its units it
+// takes a ticket, and the block with the last ticket writes last := applied. So no block can see the update of the launch it belongs to.
 #pragma once
 
 #include "params.cuh"
@@ -23,10 +23,10 @@ struct Mixture {
 
 // One expert of the current segment, in the order in which it is added.
 struct Expert {
-    const void* a;    // [r, cols]
-    const void* b;    // [rows, r]
+    const void* a;      // [r, cols]
+    const void* b;      // [rows, r]
     float coefficient;  // gate * scaling
-    int first_slice;  // slices of 16 ranks before this expert
+    int first_slice;    // slices of 16 ranks before this expert
 };
 
 struct SelectionMemory {  // shared memory
@@ -34,10 +34,10 @@ struct SelectionMemory {  // shared memory
     Mixture change;       // what is added to the source
     int slot_ids[kMaxExperts];
     float slot_gates[kMaxExperts];
-    float sums[kMaxExperts];       // per slot: the gate sum where it is its id's first slot, else 0
+    float sums[kMaxExperts];  // per slot: the gate sum where it is its id's first slot, else 0
     float coefficients[kMaxExperts];
     int num_slices[kMaxExperts];
-    SwitchSegment segment;         // the current unit's; read from here, its fields take no registers
+    SwitchSegment segment;  // the current unit's; read from here, its fields take no registers
     Expert experts[kMaxExperts];
     int num_experts;
     int total_slices;

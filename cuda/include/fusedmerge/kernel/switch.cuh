@@ -7,8 +7,8 @@
 //   | source        | [rows, cols]    | live's, float32, fp8 e4m3 with scales   | read (the base; in place: live)       |
 //   | a, b          | [N,r,cols], [N,rows,r] | live's (mma) or float32 (FFMA)   | read: chosen adapters only            |
 //
-// Grid: persistent, any size; kThreads threads; kSwitchSharedBytes of shared memory. Units are walked in order (scheduler.cuh); every element's
-// arithmetic is the same whichever block, plan or grid computes it.
+// Grid: persistent, any size; kThreads threads; kSwitchSharedBytes of shared memory. Units are walked in order (scheduler.cuh); every
+// element's arithmetic is the same whichever block, plan or grid computes it.
 //
 //   read selection -> unchanged or invalid: return
 //   for each unit:  resolve its experts -> none: copy bits | mma unit | FFMA unit

@@ -10,9 +10,9 @@
 //
 //   step s       | wait B(s) | barrier | fetch B(s+4) | mma from B(s) | fma, round, store live(s), reload source(s+1) octet by octet |
 //
-// K > 128 is several chunks of 128. Where shared memory holds the strips of all of them (two on devices with 227 KB: in place, r = 64, top-2),
-// they stay for the whole unit and are read into the register strip chunk by chunk; else strip and rows are fetched for every step and
-// chunk: right, but bound by L2 (docs/kernels/switch.md).
+// K > 128 is several chunks of 128. Where shared memory holds the strips of all of them (two on devices with 227 KB: in place, r = 64,
+// top-2), they stay for the whole unit and are read into the register strip chunk by chunk; else strip and rows are fetched for every step
+// and chunk: right, but bound by L2 (docs/kernels/switch.md).
 #pragma once
 
 #include "scheduler.cuh"
@@ -22,8 +22,8 @@
 namespace fusedmerge {
 
 constexpr int kChunkSlices = kChunkDepth / kRankStep;
-constexpr int kStripPitch = 2 * kStripCols + 32;                   // bytes; rows 2t and 2t+2 fall on different halves of the banks
-constexpr int kStagePitch = 2 * kChunkSlices * kRankStep + 16;     // bytes; eight rows of an ldmatrix fall on all banks
+constexpr int kStripPitch = 2 * kStripCols + 32;                // bytes; rows 2t and 2t+2 fall on different halves of the banks
+constexpr int kStagePitch = 2 * kChunkSlices * kRankStep + 16;  // bytes; eight rows of an ldmatrix fall on all banks
 constexpr int kStripBytes = kChunkSlices * kRankStep * kStripPitch;
 constexpr int kStageBytes = kStepRows * kStagePitch;
 constexpr int kNumStages = 5;
@@ -189,8 +189,7 @@ struct MmaUnit {
             int row = i + thread / 16;
             bool exists = first_row + row < unit.end_row;
             copy_piece(ring + stage * kStageBytes + row * kStagePitch + piece * 16,
-                       exists ? b + (first_row + row) * segment.b_row_stride : b, exists ? 8 : 0,
-                       (segment.flags & kBAligned) != 0);
+                       exists ? b + (first_row + row) * segment.b_row_stride : b, exists ? 8 : 0, (segment.flags & kBAligned) != 0);
         }
     }
 
