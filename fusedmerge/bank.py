@@ -181,7 +181,7 @@ class AdapterBank:
     def add(self, name: str, source: PathLike | Adapter | Mapping[str, tuple[torch.Tensor, torch.Tensor]], scaling: Any = None) -> int:
         """Put one more adapter into a free slot, and return the slot. No tensor of the bank moves.
 
-        source: a PEFT directory, an `Adapter`, or {weight name: (a [r, in], b [out, r])} with `scaling` (a number or {weight name: number}).
+        source: a PEFT directory, an `Adapter`, or {weight name: (a [r, in], b [out, r])} with `scaling` (a number, or by weight name).
         Raises InvalidValueError for a name that is taken or a bank that is full, UnknownNameError for targets that the bank lacks,
         ShapeError for a rank over the bank's. Targets that the adapter leaves out have rank 0.
         """

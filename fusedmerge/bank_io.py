@@ -23,9 +23,7 @@ __all__ = ["load_bank", "random_adapters", "save_bank"]
 FORMAT = "fusedmerge.bank.v1"
 
 
-def random_adapters(
-    weights: Weights, num_adapters: int, r: int, targets: Sequence[str] | None, delta: float, seed: int
-) -> list[Adapter]:
+def random_adapters(weights: Weights, num_adapters: int, r: int, targets: Sequence[str] | None, delta: float, seed: int) -> list[Adapter]:
     """Normal factors with |B A| / |W| of about `delta` on every target. Raises UnknownNameError for a target that is not there."""
     import torch
 
@@ -56,13 +54,10 @@ def save_bank(bank: AdapterBank, path: str | os.PathLike[str]) -> None:
     """See `AdapterBank.save`."""
     from safetensors.torch import save_file
 
-    header = {"slots": list(bank.slots), "cast_error": bank.cast_error, "targets": {}}
-    tensors = {}
-    for name in bank.targets:
-        target = bank.target(name)
-        header["targets"][name] = {"ranks": target.ranks, "transposed": target.spec.transposed}
-        for field in ("a", "b", "scaling"):
-            tensors[f"{name}.{field}"] = getattr(target, field)
+    targets = {name: bank.target(name) for name in bank.targets}
+    described = {name: {"ranks": target.ranks, "transposed": target.spec.transposed} for name, target in targets.items()}
+    header = {"slots": list(bank.slots), "cast_error": bank.cast_error, "targets": described}
+    tensors = {f"{name}.{field}": getattr(target, field) for name, target in targets.items() for field in ("a", "b", "scaling")}
     final = Path(path)
     partial = final.with_name(f".{final.name}.{os.getpid()}.partial")
     try:

@@ -44,7 +44,7 @@ _GATE = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
 
 
 def parse_adapter_argument(argument: str) -> tuple[str, float]:
-    """"dir" or "dir:gate" as (directory, gate): split at the last colon only if a finite number follows, else the gate is 1.
+    """ "dir" or "dir:gate" as (directory, gate): split at the last colon only if a finite number follows, else the gate is 1.
 
     >>> parse_adapter_argument("runs/math:0.7"), parse_adapter_argument("C:/math")
     (('runs/math', 0.7), ('C:/math', 1.0))

@@ -72,7 +72,11 @@ def check_complete(adapter: Adapter, found: Mapping[str, Weight], operation: str
     Entries that the model has no module for are no fault: PEFT ignores them.
     """
     listed = adapter.config.get("target_modules")
-    if not isinstance(listed, (list, tuple, set)) or adapter.config.get("exclude_modules") or adapter.config.get("layers_to_transform") is not None:
+    if (
+        not isinstance(listed, (list, tuple, set))
+        or adapter.config.get("exclude_modules")
+        or adapter.config.get("layers_to_transform") is not None
+    ):
         return  # a regular expression, or a list whose entries may rightly match nothing
     for entry in listed:
         ending = f".{entry}.weight"

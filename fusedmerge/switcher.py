@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -54,9 +55,7 @@ class Switcher:
         self._check_unshared(operation)
         if mode == "exact":
             require_memory(sum(t.nbytes for t in live.values()), device, operation, "the pristine copy of the adapted weights")
-        self._segments = [
-            Segment(tensor, tensor.clone() if mode == "exact" else None, bank.target(name)) for name, tensor in live.items()
-        ]
+        self._segments = [Segment(tensor, tensor.clone() if mode == "exact" else None, bank.target(name)) for name, tensor in live.items()]
         self._engine: Engine | None = make_engine(self._segments)
         self._labels: dict[Mixture, Named] = {(): ()}
         _switchers.add(self)
@@ -166,11 +165,11 @@ class Switcher:
         for other in list(_switchers):
             if other is self or other._engine is None or other._engine.mixture == ():
                 continue
-            storages = {t.untyped_storage().data_ptr(): [] for t in other._live.values()}
+            theirs = defaultdict(list)
             for tensor in other._live.values():
-                storages[tensor.untyped_storage().data_ptr()].append(tensor)
+                theirs[tensor.untyped_storage().data_ptr()].append(tensor)
             for name, live in self._live.items():
-                if any(overlap(live, tensor) for tensor in storages.get(live.untyped_storage().data_ptr(), ())):
+                if any(overlap(live, tensor) for tensor in theirs[live.untyped_storage().data_ptr()]):
                     raise StateError(operation, name, "weights that no other Switcher has merged", f"weights shared with {other!r}")
 
 
@@ -178,7 +177,9 @@ def _warn_of_live_adapters(weights: Weights) -> None:
     """PEFT layers that are switched on add their own active adapters to whatever is merged into their base weights."""
     modules = weights.modules() if hasattr(weights, "modules") else ()
     if any(hasattr(m, "lora_A") and not m.disable_adapters and m.active_adapters for m in modules):
-        warnings.warn("Switcher: the model's own PEFT adapters are active and add to the mixture; disable_adapter_layers() first", stacklevel=3)
+        warnings.warn(
+            "Switcher: the model's own PEFT adapters are active and add to the mixture; disable_adapter_layers() first", stacklevel=3
+        )
 
 
 def _check_factors(bank: AdapterBank, live: dict[str, torch.Tensor], operation: str) -> None:

@@ -86,9 +86,7 @@ def _module_weights(model: torch.nn.Module) -> Iterable[tuple[str, Weight]]:
             if tensor is None:
                 continue
             raw = f"{prefix}.{name}" if prefix else name
-            yield raw, Weight(
-                canonical_name(raw), tensor, transposed if name == "weight" else None, _quantisation(tensor), module, name
-            )
+            yield raw, Weight(canonical_name(raw), tensor, transposed if name == "weight" else None, _quantisation(tensor), module, name)
         for name in ("qweight", "weight_packed"):  # GPTQ, AWQ and compressed-tensors hold no plain weight at all
             tensor = getattr(module, name, None)
             if isinstance(tensor, torch.Tensor) and "weight" not in module._parameters:
@@ -168,7 +166,7 @@ def overlap(x: torch.Tensor, y: torch.Tensor) -> bool:
         return False
     if x.dim() == y.dim() == 2 and x.dtype == y.dtype and x.stride() == y.stride() and x.stride(1) == 1:
         pitch = x.stride(0)
-        (xr, xc), (yr, yc) = divmod(x.storage_offset(), pitch), divmod(y.storage_offset(), pitch)
+        (xr, xc), (yr, yc) = divmod(int(x.storage_offset()), pitch), divmod(int(y.storage_offset()), pitch)
         if xc + x.shape[1] <= pitch and yc + y.shape[1] <= pitch:
             rows = xr < yr + y.shape[0] and yr < xr + x.shape[0]
             return rows and xc < yc + y.shape[1] and yc < xc + x.shape[1]
@@ -177,5 +175,5 @@ def overlap(x: torch.Tensor, y: torch.Tensor) -> bool:
 
 def _byte_range(x: torch.Tensor) -> tuple[int, int]:
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    start = x.storage_offset() * x.element_size()
+    start = int(x.storage_offset()) * x.element_size()
     return start, start + (last + 1) * x.element_size()

@@ -47,7 +47,7 @@ def snapshot(weights):
 
 
 def assert_merged(live: torch.Tensor, base: torch.Tensor, target, mixture, share=None) -> None:
-    """`live` must be the mixture [(slot, gate), ...] merged into `base`: within the bound everywhere, and correctly rounded almost everywhere."""
+    """`live` must be the mixture [(slot, gate), ...] merged into `base`: within the bound, and almost everywhere correctly rounded."""
     dtype = name_of(live.dtype)
     experts = reference.members(target, mixture)
     base64, live64 = reference.to_float64(base), reference.to_float64(live)

@@ -165,10 +165,15 @@ def test_available_memory_is_read():
     assert memory.available_bytes(torch.device("cpu")) > 2**20
 
 
+def _pointers(bank):
+    return [t.data_ptr() for target in map(bank.target, bank.targets) for t in (target.a, target.b, target.scaling)]
+
+
 def test_adapters_come_and_go_and_nothing_moves():
     weights = kit.make_weights([(6, 5), (3, 5)], torch.float32)
-    bank = fm.AdapterBank.from_adapters([Adapter("one", {"w0": _factors(3, 6, 5), "w1": _factors(3, 3, 5)})], weights, capacity=2, max_rank=20)
-    pointers = [t.data_ptr() for name in bank.targets for t in (bank.target(name).a, bank.target(name).b, bank.target(name).scaling)]
+    one = Adapter("one", {"w0": _factors(3, 6, 5), "w1": _factors(3, 3, 5)})
+    bank = fm.AdapterBank.from_adapters([one], weights, capacity=2, max_rank=20)
+    pointers = _pointers(bank)
     a, b = torch.randn(20, 5), torch.randn(6, 20)
     assert bank.add("two", {"w0": (a, b)}, 0.25) == 1
     assert bank.names == ("one", "two") and bank.target("w0").ranks == [3, 20] and bank.target("w1").ranks == [3, 0]
@@ -178,8 +183,7 @@ def test_adapters_come_and_go_and_nothing_moves():
     assert not bank.target("w0").a[0].any() and not bank.target("w0").b[0].any()
     assert bank.add("three", Adapter("x", {"w1": _factors(2, 3, 5)})) == 0
     assert bank.names == ("three", "two")
-    after = [t.data_ptr() for name in bank.targets for t in (bank.target(name).a, bank.target(name).b, bank.target(name).scaling)]
-    assert pointers == after
+    assert _pointers(bank) == pointers
 
 
 def test_add_and_remove_refuse_and_change_nothing():

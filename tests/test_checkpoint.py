@@ -648,7 +648,7 @@ def test_killed_run_leaves_nothing_that_loads_and_the_next_continues(sharded, ad
 
     merge_checkpoint(sharded, mixture, out, progress=False)
     for name in shards:
-        assert ((out / name).stat().st_ino == left[name].st_ino if name in left else True), name
+        assert (out / name).stat().st_ino == left[name].st_ino if name in left else True, name
     assert not partial_of(out).exists()
     merge_checkpoint(sharded, mixture, tmp_path / "whole", progress=False)
     assert files_of(out) == files_of(tmp_path / "whole")
@@ -1010,14 +1010,14 @@ def test_adapter_argument_without_a_directory(argument):
 
 
 def test_writer_is_readable_by_safetensors_and_aligned(tmp_path):
-    layouts = [(("é\"x", "F64", (1,)), 8), (("b", "F32", (2, 3)), 24), (("empty", "F32", (0, 2)), 0), (("c", "BF16", ()), 2)]
+    layouts = [(('é"x', "F64", (1,)), 8), (("b", "F32", (2, 3)), 24), (("empty", "F32", (0, 2)), 0), (("c", "BF16", ()), 2)]
     payload = bytes(range(34))
     with StreamWriter(tmp_path / "x", layouts, {"format": "pt"}) as writer:
         assert not (tmp_path / "x").exists()
         for start in range(0, 34, 5):
             writer.write(memoryview(payload[start : start + 5]))
     tensors = load_file(tmp_path / "x")
-    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {"é\"x": (1,), "b": (2, 3), "empty": (0, 2), "c": ()}
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {'é"x': (1,), "b": (2, 3), "empty": (0, 2), "c": ()}
     assert b"".join(tensors[name].view(-1).view(torch.uint8).numpy().tobytes() for (name, _, _), _ in layouts) == payload
     assert read_header(tmp_path / "x", "merge").data % 8 == 0
     with pytest.raises(AssertionError, match="were not written"), StreamWriter(tmp_path / "y", layouts, {}):

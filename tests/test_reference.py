@@ -33,7 +33,9 @@ def test_round_to_rounds_once():
     assert torch.tensor(float(np.float32(value))).bfloat16().item() == 1.0
 
 
-@pytest.mark.parametrize(("value", "dtype", "expected"), [(1.0, "bfloat16", 2**-7), (1.99, "float16", 2**-10), (2.0**-130, "float32", 2**-149)])
+@pytest.mark.parametrize(
+    ("value", "dtype", "expected"), [(1.0, "bfloat16", 2**-7), (1.99, "float16", 2**-10), (2.0**-130, "float32", 2**-149)]
+)
 def test_ulp(value, dtype, expected):
     assert reference.ulp(np.float64(value), dtype) == expected
 

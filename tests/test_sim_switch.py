@@ -140,7 +140,8 @@ def test_segments_of_very_different_size(lib, rng):
 
 
 def test_wide_and_tall_columns_of_llama_shapes(lib, rng):
-    targets = [make_target(rng, 4097, 255, rank=8), make_target(rng, 1024, 512, rank=8), make_target(rng, 4096, 256, rank=8)]
+    targets = [make_target(rng, 4097, 255, rank=8), make_target(rng, 1024, 512, rank=8)]
+    targets.append(make_target(rng, 4096, 256, rank=8, stride=11008))  # one strip of 4096 x 11008
     launch = Launch(lib, targets, multiprocessors=3)
     launch.switch([1], [1.0])
     for target in targets:
@@ -491,6 +492,22 @@ def test_tensor_core_twin_truncates(lib, rng, extra):
         c = float(np.float32(rng.standard_normal()))
         largest = max(abs(c), *np.abs(a * b))
         assert abs(dot(c, a, b) - (c + a @ b)) <= 17 * largest * 2.0 ** -(22 + extra) + 8 * largest * 2.0**-23
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (0, "deadlock"),
+        (1, "deadlock"),
+        (2, "16 in a warp-wide instruction (ldmatrix)"),
+        (3, "never waited for"),
+        (4, "misaligned"),
+        (5, "divergent warp"),
+    ],
+)
+def test_the_simulator_notices_faults(lib, fault, words, order):
+    assert words in lib.fm_sim_fault(fault, ctypes.byref(options(order))).decode()
 
 
 def test_truth_notices_an_error(lib, rng):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING
 
 from fusedmerge.backend.cpu import Segment, TorchSwitch
 from fusedmerge.backend.native import NativeSwitch, extension
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BackendStatus", "Engine", "Segment", "backends", "choose", "make_engine"]
 
-Engine = Union[NativeSwitch, TorchSwitch]
+Engine = NativeSwitch | TorchSwitch
 
 NAMES = ("cpu", "sim", "jit", "aot")
 _UNBUILT = "the CUDA kernels are not part of this version (see docs/status.md)"

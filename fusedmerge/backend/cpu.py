@@ -22,7 +22,18 @@ if TYPE_CHECKING:
 
     from fusedmerge.bank import BankTarget
 
-__all__ = ["BLOCK_ELEMENTS", "TorchSwitch", "Expert", "Segment", "difference", "exact_products", "merge_rows", "ordered", "row_blocks", "wide_factors"]
+__all__ = [
+    "BLOCK_ELEMENTS",
+    "TorchSwitch",
+    "Expert",
+    "Segment",
+    "difference",
+    "exact_products",
+    "merge_rows",
+    "ordered",
+    "row_blocks",
+    "wide_factors",
+]
 
 BLOCK_ELEMENTS = 1 << 18  # 1 MiB of float32: stays in one core's L2 cache beside the factors
 

@@ -85,7 +85,7 @@ class PlanError(ValueError):
 def load(path: Path) -> ctypes.CDLL:
     lib = ctypes.CDLL(str(path))
     lib.fm_sim_error.restype = ctypes.c_char_p
-    lib.fm_sim_layout.restype = ctypes.c_char_p
+    lib.fm_sim_layout.restype = lib.fm_sim_fault.restype = ctypes.c_char_p
     lib.fm_sim_dot.restype = lib.fm_sim_fp16.restype = lib.fm_sim_fp8.restype = ctypes.c_float
     lib.fm_sim_dot.argtypes = [ctypes.c_float, _P, _P, _I, _I]
     lib.fm_sim_fp16.argtypes = lib.fm_sim_bf16.argtypes = [ctypes.c_float]

@@ -103,8 +103,7 @@ void fail(const std::string& message) {
         machine->error = "block " + std::to_string(self().block->index) + ", thread " + std::to_string(self().thread) + ": " + message;
 }
 
-// ---- switching between fibers: ucontext to start one; setjmp afterwards, which makes no system call (ucontext throughout under ASan)
-// ------
+// ---- switching between fibers: ucontext to start one; setjmp afterwards, which makes no system call (under ASan, ucontext throughout)
 
 #if defined(__SANITIZE_ADDRESS__)
 void resume(Fiber& fiber) {

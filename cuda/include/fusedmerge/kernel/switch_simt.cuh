@@ -1,5 +1,4 @@
-// One unit of the switch with float32 factors: the same sum in FFMA, ranks in order. No speed target; the reference the mma path is held
-// to.
+// One unit of the switch with float32 factors: the same sum in FFMA, ranks in order. No speed target; what the mma path is held to.
 //
 //   a  [16, 256]   shared, one slice of 16 ranks        b  [64, 16]   shared
 //
