@@ -137,11 +137,11 @@ def test_merge_for_real(made, tmp_path):
 
 
 def test_merge_refuses_an_existing_output(made, tmp_path, capsys):
-    (tmp_path / "kept").write_text("kept")
+    (tmp_path / "config.json").write_text("{}")
     arguments = ["merge", "--base", str(made / "base"), "--adapter", str(made / "adapters" / "plain"), "--out", str(tmp_path), "--quiet"]
     assert cli.main(arguments) == 1
     assert "overwrite" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 # ---------------------------------------------------------------------- inspect
@@ -368,6 +368,11 @@ def test_plot_refuses_damaged_results(tmp_path):
         plots.load_results(tmp_path / "none")
     path = results(tmp_path / "results", git_commit="removed")
     with pytest.raises(FormatError, match="no git_commit"):
+        plots.load_results(tmp_path / "results")
+    content = json.loads(path.read_text()) | {"git_commit": None}
+    del content["cases"][1]["median_ms"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(FormatError, match=r"no cases\[1\].median_ms"):
         plots.load_results(tmp_path / "results")
     path.write_text(path.read_text()[:100])
     with pytest.raises(FormatError, match=re.escape(str(path))):

@@ -148,6 +148,13 @@ def test_wide_and_tall_columns_of_llama_shapes(lib, rng):
         assert check(target, launch, [1], [1.0]) >= CORRECT_SHARE[BF16]
 
 
+def test_a_large_matrix_with_odd_sides(lib, rng):
+    target = make_target(rng, 4097, 4095, rank=4)
+    launch = Launch(lib, [target])
+    launch.switch([2], [0.7])
+    assert check(target, launch, [2], [0.7]) >= CORRECT_SHARE[BF16]
+
+
 def test_ranks_differ_by_adapter_and_target(lib, rng):
     targets = [make_target(rng, 65, 40, rank=48, ranks=[48, 0, 17, 5]), make_target(rng, 30, 70, rank=16, ranks=[0, 16, 0, 9])]
     for t in targets:  # beyond an adapter's rank nothing may be read
@@ -500,7 +507,7 @@ def test_tensor_core_twin_truncates(lib, rng, extra):
     [
         (0, "deadlock"),
         (1, "deadlock"),
-        (2, "16 in a warp-wide instruction (ldmatrix)"),
+        (2, "32 in a warp-wide instruction (ldmatrix)"),
         (3, "never waited for"),
         (4, "misaligned"),
         (5, "divergent warp"),

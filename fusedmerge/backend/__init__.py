@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fusedmerge.backend.cpu import Segment, TorchSwitch
-from fusedmerge.backend.native import NativeSwitch, extension
+from fusedmerge.backend.cpu import Expert, Segment, TorchSwitch, ordered, wide_factors
+from fusedmerge.backend.native import NativeSwitch, add_rows, extension
 from fusedmerge.errors import BackendError, InvalidValueError
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BackendStatus", "Engine", "Segment", "backends", "choose", "make_engine"]
+__all__ = ["BackendStatus", "Engine", "Segment", "backends", "choose", "make_adder", "make_engine"]
 
 Engine = NativeSwitch | TorchSwitch
 
@@ -64,3 +64,16 @@ def choose(device: torch.device, operation: str) -> str:
 def make_engine(segments: Sequence[Segment]) -> Engine:
     """What runs one Switcher's switches: the compiled kernel, or torch where it was not built."""
     return NativeSwitch(segments) if extension() else TorchSwitch(segments)
+
+
+def make_adder(experts: Sequence[Expert], device: torch.device) -> Callable[[torch.Tensor, slice], None] | None:
+    """A function (block, rows) that adds the experts' rows to a float32 block [rows, cols] on `device`, with the bits that a switch adds.
+
+    None where no expert changes anything. The factors are widened once, here. On the CPU without the extension, and on other devices,
+    call it under `exact_products`.
+    """
+    used = [Expert(e.a.to(device).float().contiguous(), e.b.to(device).float().contiguous(), e.coefficient) for e in ordered(experts)]
+    if device.type == "cpu" and extension():
+        return (lambda block, rows: add_rows(block, [Expert(e.a, e.b[rows], e.coefficient) for e in used])) if used else None
+    factors = wide_factors(used)
+    return (lambda block, rows: block.addmm_(factors[1][rows], factors[0])) if factors else None

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusedmerge.backend.cpu import Segment, difference
+from fusedmerge.backend.cpu import Expert, Segment, difference
 from fusedmerge.selection import Mixture
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["NativeSwitch", "extension"]
+__all__ = ["NativeSwitch", "add_rows", "extension"]
 
 
 def extension() -> Any:
@@ -73,14 +73,11 @@ class NativeSwitch:
 
     def _experts(self, change: Mixture) -> tuple[np.ndarray, np.ndarray]:
         """The experts' table [E, 6] and coefficients [E]; also notes in each segment's row where its experts end."""
-        table, coefficients = [], []
+        experts: list[Expert] = []
         for row, segment in zip(self._rows, self._segments, strict=True):
-            for e in segment.experts(change):
-                a, b = e.a, e.b
-                table.append((a.data_ptr(), b.data_ptr(), a.stride(0), b.stride(0), a.shape[0], _dtype_code(a.dtype)))
-                coefficients.append(e.coefficient)
-            row[7] = len(table)
-        return np.array(table, dtype=np.int64).reshape(-1, 6), np.array(coefficients, dtype=np.float64)
+            experts += segment.experts(change)
+            row[7] = len(experts)
+        return _expert_tables(experts)
 
     def _bump_versions(self) -> None:
         import torch
@@ -88,7 +85,25 @@ class NativeSwitch:
         torch.autograd.graph.increment_version([segment.live for segment in self._segments])
 
 
+def add_rows(block: torch.Tensor, experts: Sequence[Expert]) -> None:
+    """block [rows, cols] float32 += sum_e c_e B_e A_e, with the bits that a switch adds. B_e has the block's rows; all rows contiguous."""
+    import torch
+
+    table, coefficients = _expert_tables(experts)
+    row = np.array([_row(block, block)], dtype=np.int64)
+    row[0, 7] = len(table)
+    extension().merge_cpu(row, table, coefficients, torch.get_num_threads())
+
+
 def _segment_row(segment: Segment) -> tuple[int, ...]:
-    live, source = segment.live, segment.live if segment.base is None else segment.base
+    return _row(segment.live, segment.live if segment.base is None else segment.base)
+
+
+def _row(live: torch.Tensor, source: torch.Tensor) -> tuple[int, ...]:
     strides = live.stride(0), source.stride(0)
     return (live.data_ptr(), source.data_ptr(), live.shape[0], live.shape[1], *strides, _dtype_code(live.dtype), 0)
+
+
+def _expert_tables(experts: Sequence[Expert]) -> tuple[np.ndarray, np.ndarray]:
+    rows = [(e.a.data_ptr(), e.b.data_ptr(), e.a.stride(0), e.b.stride(0), e.a.shape[0], _dtype_code(e.a.dtype)) for e in experts]
+    return np.array(rows, dtype=np.int64).reshape(-1, 6), np.array([e.coefficient for e in experts], dtype=np.float64)

@@ -22,7 +22,7 @@ struct Mixture {
 };
 
 // One expert of the current segment, in the order in which it is added.
-struct Expert {
+struct ResolvedExpert {
     const void* a;      // [r, cols]
     const void* b;      // [rows, r]
     float coefficient;  // gate * scaling
@@ -38,7 +38,7 @@ struct SelectionMemory {  // shared memory
     float coefficients[kMaxExperts];
     int num_slices[kMaxExperts];
     SwitchSegment segment;  // the current unit's; read from here, its fields take no registers
-    Expert experts[kMaxExperts];
+    ResolvedExpert experts[kMaxExperts];
     int num_experts;
     int total_slices;
 };
@@ -155,7 +155,7 @@ FM_DEVICE void resolve_experts(SelectionMemory& memory, const SwitchSegment& seg
         first_slice += before ? memory.num_slices[i] : 0;
     }
     if (thread < count && memory.num_slices[thread] > 0) {
-        Expert& expert = memory.experts[position];
+        ResolvedExpert& expert = memory.experts[position];
         expert.a = static_cast<const Factor*>(segment.a) + id * segment.a_adapter_stride;
         expert.b = static_cast<const Factor*>(segment.b) + id * segment.b_adapter_stride;
         expert.coefficient = coefficient;
@@ -179,7 +179,7 @@ template <class Factor>
 FM_DEVICE Slice find_slice(const SelectionMemory& memory, const SwitchSegment& segment, int slice_idx) {
     int e = memory.num_experts - 1;
     while (memory.experts[e].first_slice > slice_idx) --e;
-    const Expert& expert = memory.experts[e];
+    const ResolvedExpert& expert = memory.experts[e];
     int k = (slice_idx - expert.first_slice) * kRankStep;
     Slice slice;
     slice.a = static_cast<const Factor*>(expert.a) + k * segment.a_row_stride;

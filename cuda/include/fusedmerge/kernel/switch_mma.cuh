@@ -61,6 +61,8 @@ struct MmaUnit {
     int source_row, live_row;  // the next rows to load and to store
     const Source* source_at;   // the lane's octet in source_row
     Live* live_at;
+    const long long source_step, live_step;  // eight rows
+    const int flags;
 
     FM_DEVICE MmaUnit(const SelectionMemory& s, MmaMemory& m, const SwitchSegment& seg, const Unit& u)
         : selection(s),
@@ -77,7 +79,10 @@ struct MmaUnit {
           source_row(u.first_row + group),
           live_row(u.first_row + group),
           source_at(static_cast<const Source*>(seg.source) + source_row * seg.source_stride + col),
-          live_at(static_cast<Live*>(seg.live) + live_row * seg.live_stride + col) {}
+          live_at(static_cast<Live*>(seg.live) + live_row * seg.live_stride + col),
+          source_step(8 * seg.source_stride),
+          live_step(8 * seg.live_stride),
+          flags(seg.flags) {}
 
     // Resident: strips are fetched once and B streams, one stage for each step and chunk. Else each step's chunks are fetched as they are
     // needed. The two share one copy of the code, because two would not fit in the registers together.
@@ -175,7 +180,7 @@ struct MmaUnit {
             const Factor* a = static_cast<const Factor*>(slices[i / 2].a) + k * segment.a_row_stride;
             int count = segment.cols - piece_col;
             copy_piece(to + (i / 2 * kRankStep + k) * kStripPitch + thread % 32 * 16, count > 0 ? a + piece_col : a, count,
-                       (segment.flags & kAAligned) != 0);
+                       (flags & kAAligned) != 0);
         }
     }
 
@@ -189,7 +194,7 @@ struct MmaUnit {
             int row = i + thread / 16;
             bool exists = first_row + row < unit.end_row;
             copy_piece(ring + stage * kStageBytes + row * kStagePitch + piece * 16,
-                       exists ? b + (first_row + row) * segment.b_row_stride : b, exists ? 8 : 0, (segment.flags & kBAligned) != 0);
+                       exists ? b + (first_row + row) * segment.b_row_stride : b, exists ? 8 : 0, (flags & kBAligned) != 0);
         }
     }
 
@@ -248,11 +253,11 @@ struct MmaUnit {
     // The lane's octet of the next row. The pointers move with it: a table of row addresses would cost 32 registers.
     FM_DEVICE void load_next_octet(Octet<Source>& octet, float& octet_scale) {
         if (source_row < unit.end_row && num_cols > 0) {
-            load_octet(octet, source_at, num_cols, (segment.flags & kSourceAligned) != 0, policy);
+            load_octet(octet, source_at, num_cols, (flags & kSourceAligned) != 0, policy);
             if constexpr (kSame<Source, Fp8E4M3>) octet_scale = scale_at(segment, source_row, col);
         }
         source_row += 8;
-        source_at += 8 * segment.source_stride;
+        source_at += source_step;
     }
 
     // The only rounding. Each source octet is reloaded for the next step as soon as it is used.
@@ -278,10 +283,10 @@ struct MmaUnit {
             widen_octet(values, octet, octet_scale);
             FM_UNROLL
             for (int c = 0; c < 8; ++c) values[c] = fused_multiply_add(coefficient, acc[i / 2][c / 2][i % 2 * 2 + c % 2], values[c]);
-            finite &= store_values(live_at, values, num_cols, (segment.flags & kLiveAligned) != 0, policy);
+            finite &= store_values(live_at, values, num_cols, (flags & kLiveAligned) != 0, policy);
         }
         live_row += 8;
-        live_at += 8 * segment.live_stride;
+        live_at += live_step;
     }
 };
 
