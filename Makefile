@@ -50,7 +50,11 @@ bench: $(STAMP)
 clean:
 	rm -rf build .venv
 
-$(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard cmake/*.cmake python/*.cpp python/*.h)
+# An editable install knows the package's files by name: it is made again when one comes or goes.
+SOURCES := build/sources.txt
+$(shell mkdir -p build; find fusedmerge -name '*.py' | sort | cmp -s - $(SOURCES) || find fusedmerge -name '*.py' | sort > $(SOURCES))
+
+$(STAMP): $(SOURCES) pyproject.toml constraints.txt CMakeLists.txt $(wildcard cmake/*.cmake python/*.cpp python/*.h)
 ifeq ($(VENV),none)
 	$(PY) -m pip install --no-build-isolation --no-deps --editable .
 	@mkdir -p $(@D)

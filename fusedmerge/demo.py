@@ -184,7 +184,7 @@ def drift(stage: Stage, step: Callable[[], Any]) -> dict[str, Any]:
     import copy
 
     from fusedmerge.bank import AdapterBank
-    from fusedmerge.demo_checks import same_bits
+    from fusedmerge.demo_checks import differing, same_bits
     from fusedmerge.demo_setup import PeftSwitch, clone, peft_load, weights_of
     from fusedmerge.switcher import Switcher
 
@@ -209,7 +209,7 @@ def drift(stage: Stage, step: Callable[[], Any]) -> dict[str, Any]:
                 switchers[name].restore()
                 drifts[name].append([index, distance(live[name], pristine)])
         step()
-    changed = {name: changed_share(live[name], pristine) for name in switchers}
+    changed = {name: differing(live[name], pristine) for name in switchers}
     return {
         "methods": {
             name: {
@@ -268,8 +268,3 @@ def distance(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]
     """||left - right|| / ||right|| over all tensors, in float64."""
     apart = sum(float((left[name].double() - right[name].double()).square().sum()) for name in right)
     return (apart / sum(float(right[name].double().square().sum()) for name in right)) ** 0.5
-
-
-def changed_share(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> float:
-    """The share of elements whose values differ."""
-    return sum(int((left[name] != right[name]).sum()) for name in right) / sum(tensor.numel() for tensor in right.values())

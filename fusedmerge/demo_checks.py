@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fusedmerge.demo import Stage
     from fusedmerge.reference import Member
 
-__all__ = ["Truth", "accuracy", "checkpoint", "same_bits", "truth_from_bank", "truth_from_files", "weight_errors"]
+__all__ = ["Truth", "accuracy", "checkpoint", "differing", "same_bits", "truth_from_bank", "truth_from_files", "weight_errors"]
 
 Mixture = dict[str, float]
 Weights = dict[str, "torch.Tensor"]
@@ -56,7 +56,7 @@ def accuracy(stage: Stage) -> dict[str, Any]:
     return {
         "mixture": stage.shown,
         "rows": rows,
-        "files_equal_switcher": same_bits(merged["fusedmerge merge (files)"], merged["Switcher, float32 bank"]),
+        "files_unlike_switcher": differing(merged["fusedmerge merge (files)"], merged["Switcher, float32 bank"]),
     }
 
 
@@ -201,6 +201,11 @@ class Logits:
 def relative(got: torch.Tensor, exact: torch.Tensor) -> float:
     """||got - exact|| / ||exact||."""
     return float((got.double() - exact.double()).norm() / exact.double().norm())
+
+
+def differing(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> float:
+    """The share of elements whose values differ."""
+    return sum(int((left[name] != right[name]).sum()) for name in right) / sum(tensor.numel() for tensor in right.values())
 
 
 def same_bits(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> bool:

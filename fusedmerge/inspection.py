@@ -184,8 +184,8 @@ def _base_tensors(directory: Path, adapter: Adapter) -> Iterator[tuple[str, torc
     """(target, tensor, whether it is stored as [in, out]), one tensor in memory at a time; matched as `fusedmerge merge` matches them."""
     from safetensors import safe_open
 
-    from fusedmerge.checkpoint_files import open_base
-    from fusedmerge.checkpoint_names import NameMap, describe
+    from fusedmerge.checkpoint.files import open_base
+    from fusedmerge.checkpoint.names import NameMap, describe
 
     try:
         base = open_base(directory)

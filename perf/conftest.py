@@ -64,6 +64,8 @@ def write(suite: Suite, results: Path, load: tuple[float, float, float]) -> Path
     """Write a suite's file (see DESIGN, Evidence)."""
     import torch
 
+    from fusedmerge.backend import backends
+
     device = f"cpu-{len(os.sched_getaffinity(0))}core"
     names = ("torch", "transformers", "peft", "numpy")
     content = {
@@ -76,6 +78,7 @@ def write(suite: Suite, results: Path, load: tuple[float, float, float]) -> Path
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "backend": backends()["cpu"].reason,
         "threads": torch.get_num_threads(),
         "load_average_before": [round(x, 2) for x in load],
         "setting": suite.setting,

@@ -72,8 +72,12 @@ def test_side_by_side(benchmark: Any, subject: Subject, suite: Any, rounds: int)
     plan = mixtures(subject.bank.names, rounds + 1)
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
     upcoming = iter(plan)
-    for _, (switch, _) in rivals.values():  # warm up: PEFT's first switch has nothing to unmerge
-        switch(plan[-1])
+    judged = {name: tensor for name, tensor in subject.pristine.items() if JUDGED in name}
+    stored, files = truth_from_bank(judged, subject.bank, plan[-1]), truth_from_files(judged, subject.paths, plan[-1])
+    rival_errors = {}
+    for name, (_, (switch, live)) in rivals.items():  # warm up: PEFT's first switch has nothing to unmerge
+        switch(plan[-1])  # errors are those of one merge into pristine weights: later ones would add PEFT's drift
+        rival_errors[name] = None if name == "copy" else weight_errors(live, truth_of(name, files, stored))
     subject.switcher.switch(plan[-1])
 
     def setup() -> tuple[tuple[Mixture], dict[str, Any]]:
@@ -86,9 +90,6 @@ def test_side_by_side(benchmark: Any, subject: Subject, suite: Any, rounds: int)
     ours = list(benchmark.stats.stats.data)
     last = plan[rounds - 1]
     errors = checked(subject, last)
-    judged = {name: tensor for name, tensor in subject.pristine.items() if JUDGED in name}
-    stored, files = truth_from_bank(judged, subject.bank, last), truth_from_files(judged, subject.paths, last)
-
     copied, least = statistics.median(seconds["copy"]), subject.switch_bytes()
     bandwidth = 2 * subject.adapted_bytes / copied
 
@@ -100,11 +101,8 @@ def test_side_by_side(benchmark: Any, subject: Subject, suite: Any, rounds: int)
         )
 
     record("switch", "fusedmerge switch", ours, least, errors)
-    for name, (title, (_, live)) in rivals.items():
-        if name == "copy":
-            record(name, title, seconds[name], 2 * subject.adapted_bytes, None)
-        else:
-            record(name, title, seconds[name], least, weight_errors(live, truth_of(name, files, stored)))
+    for name, (title, _) in rivals.items():
+        record(name, title, seconds[name], 2 * subject.adapted_bytes if name == "copy" else least, rival_errors[name])
     subject.switcher.restore()
     assert same_bits(subject.live, subject.pristine)
 

@@ -19,6 +19,7 @@ SITE = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
 
 # Registers of a thread at most; with 256 threads a block, 255 is the hardware's limit.
 CEILING = {"mma": 255, "simt": 168}
+ARCHITECTURES = ["sm_90a", *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("sm_80", "sm_100", "sm_120"))]
 REPRESENTATIVE = """
 #include "fusedmerge/kernel/switch.cuh"
 using namespace fusedmerge;
@@ -86,12 +87,12 @@ def check_figures(report: str, count: int) -> None:
         assert figures["registers"] <= CEILING[kind], (name, figures)
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100", "sm_120"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_registers_and_spills(compile_representative, arch):
     check_figures(compile_representative(arch)[1], 3)
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100", "sm_120"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_instructions(compile_representative, cuobjdump, arch):
     text = subprocess.run([cuobjdump, "-sass", str(compile_representative(arch)[0])], capture_output=True, text=True, check=True).stdout
     bodies = {part.split("\n", 1)[0].strip(): part for part in text.split("Function : ")[1:]}
@@ -109,6 +110,7 @@ def test_instructions(compile_representative, cuobjdump, arch):
             assert len(re.findall(r"\bHMMA\.16816\.F32", body)) >= 128  # eight slices of sixteen, unrolled
 
 
+@pytest.mark.slow
 def test_every_instance_compiles(nvcc, tmp_path):
     check_figures(compile_cubin(nvcc, ROOT / "cuda/src/instances.cu", "sm_90a", tmp_path / "instances.cubin")[1], 16)
 

@@ -148,6 +148,7 @@ def test_wide_and_tall_columns_of_llama_shapes(lib, rng):
         assert check(target, launch, [1], [1.0]) >= CORRECT_SHARE[BF16]
 
 
+@pytest.mark.slow
 def test_a_large_matrix_with_odd_sides(lib, rng):
     target = make_target(rng, 4097, 4095, rank=4)
     launch = Launch(lib, [target])

@@ -14,9 +14,10 @@ from fusedmerge.errors import BackendError, InvalidValueError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BackendStatus", "Engine", "Segment", "backends", "choose", "make_adder", "make_engine"]
+__all__ = ["Adder", "BackendStatus", "Engine", "Segment", "backends", "choose", "make_adder", "make_engine"]
 
 Engine = NativeSwitch | TorchSwitch
+Adder = Callable[["torch.Tensor", slice], object]
 
 NAMES = ("cpu", "sim", "jit", "aot")
 _UNBUILT = "the CUDA kernels are not part of this version (see docs/status.md)"
@@ -66,7 +67,7 @@ def make_engine(segments: Sequence[Segment]) -> Engine:
     return NativeSwitch(segments) if extension() else TorchSwitch(segments)
 
 
-def make_adder(experts: Sequence[Expert], device: torch.device) -> Callable[[torch.Tensor, slice], None] | None:
+def make_adder(experts: Sequence[Expert], device: torch.device) -> Adder | None:
     """A function (block, rows) that adds the experts' rows to a float32 block [rows, cols] on `device`, with the bits that a switch adds.
 
     None where no expert changes anything. The factors are widened once, here. On the CPU without the extension, and on other devices,

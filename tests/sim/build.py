@@ -1,12 +1,13 @@
 """Builds the host simulator from the kernel sources: `python tests/sim/build.py [--sanitize]`, a plain g++ (or $CXX) and nothing else.
 
-The library is `build/sim/libfusedmerge_sim.so` (`libfusedmerge_sim_asan.so` with --sanitize; run Python under LD_PRELOAD=libasan.so then).
+The library is `build/sim/libfusedmerge_sim.so`, or `libfusedmerge_sim_asan.so` with --sanitize: `make sim-sanitize` runs it.
 A build is skipped while no source is newer than it, and replaces the library by rename, so that two builds at once do no harm.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import shlex
 import subprocess
@@ -65,8 +66,11 @@ def compile_library(target: Path, root: Path = ROOT, extra: list[str] | None = N
 def build(sanitize: bool = False) -> Path:
     """The library, compiled only if a source is newer."""
     target = library(sanitize)
-    if is_stale(target):
-        compile_library(target, extra=SANITIZE if sanitize else None)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.with_suffix(".lock").open("w") as lock:  # parallel test processes build it once
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if is_stale(target):
+            compile_library(target, extra=SANITIZE if sanitize else None)
     return target
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusedmerge.checkpoint.stream import Entry, Header, Layout, read_header
 from fusedmerge.errors import FormatError, InvalidValueError, MissingFileError, StateError
-from fusedmerge.safetensors_stream import Entry, Header, Layout, read_header
 
 if TYPE_CHECKING:
     from typing import Self

@@ -57,7 +57,7 @@ def describe(directory: Path, config: Mapping[str, Any], disk: Sequence[str]) ->
             _warn(architectures[0], f"{type(error).__name__}: {error}")
             return Rules()
     done = subprocess.run(
-        [sys.executable, "-m", "fusedmerge.checkpoint_names"], input=json.dumps(question), capture_output=True, text=True, check=False,
+        [sys.executable, "-m", "fusedmerge.checkpoint.names"], input=json.dumps(question), capture_output=True, text=True, check=False,
         cwd=Path(__file__).parents[1],  # first on the child's path, so that it finds this very package
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip

@@ -24,12 +24,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from fusedmerge import __version__
-from fusedmerge.backend.cpu import BLOCK_ELEMENTS, Expert, merge_rows, row_blocks, wide_factors
-from fusedmerge.checkpoint_files import Base, Partial, check_destination, json_bytes, open_base, os_errors
-from fusedmerge.checkpoint_names import Match, NameMap, describe
+from fusedmerge.backend import Adder, make_adder
+from fusedmerge.backend.cpu import BLOCK_ELEMENTS, Expert, exact_products, row_blocks
+from fusedmerge.checkpoint.files import Base, Partial, check_destination, json_bytes, open_base, os_errors
+from fusedmerge.checkpoint.names import Match, NameMap, describe
+from fusedmerge.checkpoint.stream import Entry, Header, Layout, StreamWriter, itemsize, read_chunks, read_into, torch_dtype
 from fusedmerge.errors import DeviceError, DtypeError, FormatError, InvalidTypeError, InvalidValueError
 from fusedmerge.formats.lora import Adapter
-from fusedmerge.safetensors_stream import Entry, Header, Layout, StreamWriter, itemsize, read_chunks, read_into, torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -90,7 +91,7 @@ def merge_checkpoint(
         "adapters": [member.record() for member in members],
     }  # fmt: skip
     recipe = {"files": source.identity(), "device": where.type, **record}
-    with Partial(destination, recipe) as partial, os_errors(str(destination)), _exact_products():
+    with Partial(destination, recipe) as partial, os_errors(str(destination)), exact_products():
         left = {name: layouts for name, layouts in shards.items() if not partial.finished(name)}
         partial.require_space(sum(nbytes for layouts in left.values() for _, nbytes in layouts))
         with _progress(shards, left, progress) as report:
@@ -268,57 +269,34 @@ def _write_shard(
     with header.path.open("rb", buffering=0) as source, StreamWriter(path, layouts, metadata) as sink:
         for (name, code, _), _ in layouts:
             entry = header.entries[name]
-            factors = wide_factors([Expert(e.a.to(device), e.b.to(device), e.coefficient) for e in jobs.get(name, ())])
-            same = factors is None and code == entry.dtype
-            for block in read_chunks(source, entry, _OP) if same else _merged(source, entry, factors, code, device):
+            add = make_adder(jobs.get(name, ()), device)
+            same = add is None and code == entry.dtype
+            for block in read_chunks(source, entry, _OP) if same else _merged(source, entry, add, code, device):
                 sink.write(block)
                 report(block.nbytes)
 
 
-@contextlib.contextmanager
-def _exact_products() -> Iterator[None]:
-    """Float32 products in float32, whatever the caller chose for its model: bfloat16 or TF32 would spoil the single rounding."""
-    import torch
-
-    if not hasattr(torch.backends.mkldnn, "matmul"):  # torch before 2.9
-        precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(precision)
-        return
-    switches = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
-    kept = [switch.fp32_precision for switch in switches]
-    try:
-        for switch in switches:
-            switch.fp32_precision = "ieee"
-        yield
-    finally:
-        for switch, precision in zip(switches, kept, strict=True):
-            switch.fp32_precision = precision
-
-
-def _merged(
-    file: BinaryIO, entry: Entry, factors: tuple[torch.Tensor, torch.Tensor] | None, code: str, device: torch.device
-) -> Iterator[memoryview]:
+def _merged(file: BinaryIO, entry: Entry, add: Adder | None, code: str, device: torch.device) -> Iterator[memoryview]:
     """A tensor's bytes with the experts added, or only converted. Raises FormatError where a finite weight becomes infinite."""
     import torch
 
     given, wanted = torch_dtype(entry.dtype), torch_dtype(code)
     assert given is not None and wanted is not None  # the plan saw to it
-    rows, cols = entry.shape if factors is not None else (math.prod(entry.shape), 1)
+    rows, cols = entry.shape if add else (math.prod(entry.shape), 1)
     width = itemsize(entry.dtype)
     most = max(cols, min(rows * cols, BLOCK_ELEMENTS))
     buffer = bytearray(most * width)
-    workspace = torch.empty(most, dtype=torch.float32, device=device)
     for block in row_blocks(rows, cols):
         count = block.stop - block.start
         size = count * cols * width
         read_into(file, entry.start + block.start * cols * width, memoryview(buffer)[:size], _OP)
         source = torch.frombuffer(buffer, dtype=given, count=count * cols).view(count, cols).to(device)
-        live = torch.empty(count, cols, dtype=wanted, device=device)
-        merge_rows(live, source, None if factors is None else (factors[0], factors[1][block]), slice(0, count), workspace)
+        if add:
+            wide = source.to(torch.float32, copy=True)
+            add(wide, block)
+            live = wide.to(wanted)
+        else:
+            live = source.to(wanted)
         extremes = torch.stack(torch.aminmax(live))  # NaN if there is any; twenty times faster than isfinite of every element
         if not bool(torch.isfinite(extremes).all()) and not torch.equal(torch.isfinite(live), torch.isfinite(source)):
             raise FormatError(_OP, entry.name, f"weights that are finite in {wanted}", "inf or NaN (too large for that dtype)")
