@@ -49,10 +49,14 @@ class Suite:
 def suite(request: pytest.FixtureRequest) -> Iterator[Suite]:
     found = Suite(request.module.__name__.rpartition(".")[2].removeprefix("test_"))
     failed = request.session.testsfailed
-    load = os.getloadavg()
+    began = {  # at the start: whoever commits meanwhile does not change what is measured
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "load_average_before": [round(x, 2) for x in os.getloadavg()],
+    }
     yield found
     if found.cases and request.session.testsfailed == failed:
-        write(found, Path(request.config.getoption("--results")), load)
+        write(found, Path(request.config.getoption("--results")), began)
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +64,7 @@ def rounds(request: pytest.FixtureRequest) -> int:
     return int(request.config.getoption("--rounds"))
 
 
-def write(suite: Suite, results: Path, load: tuple[float, float, float]) -> Path:
+def write(suite: Suite, results: Path, began: dict[str, Any]) -> Path:
     """Write a suite's file (see DESIGN, Evidence)."""
     import torch
 
@@ -75,12 +79,10 @@ def write(suite: Suite, results: Path, load: tuple[float, float, float]) -> Path
         "processor": _processor(),
         "driver": None,
         "versions": {"fusedmerge": _own_version(), "python": platform.python_version(), **{name: version(name) for name in names}},
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        **began,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "backend": backends()["cpu"].reason,
         "threads": torch.get_num_threads(),
-        "load_average_before": [round(x, 2) for x in load],
         "setting": suite.setting,
         "cases": suite.cases,
     }
