@@ -50,7 +50,7 @@ class AdapterBank:
         self._targets = dict(targets)
         self._slots = list(slots)
         self._pins: weakref.WeakKeyDictionary[object, frozenset[int]] = weakref.WeakKeyDictionary()
-        self.cast_error = dict(cast_error)  # adapter -> ||cast(factors) - factors|| / ||factors||; 0.0 where nothing was narrowed
+        self.cast_error = dict(cast_error)  # adapter -> about how much narrowing the factors changed its deltas (relative); 0.0: nothing
 
     @classmethod
     def from_peft(
@@ -67,7 +67,7 @@ class AdapterBank:
 
         adapters: directories, named by their last path part, or {name: directory}. weights: the model (or its tensors by name) that
         they adapt. device, dtype: each target's own by default; dtype may be float32 for 16-bit weights. capacity and max_rank leave
-        room for `add`. `cast_error` tells how much narrowing changed each adapter's factors.
+        room for `add`. `cast_error` tells about how much narrowing the factors changed each adapter's deltas.
 
         Raises MissingFileError; FormatError for a file that is damaged or would merge silently wrong; ShapeError; UnknownNameError for
         targets that the model lacks; BankMemoryError, with the estimate, before anything is allocated.

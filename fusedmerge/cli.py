@@ -112,8 +112,8 @@ def _demo(parsed: argparse.Namespace) -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: the demo needs no network
     import transformers
 
-    from fusedmerge.demo import DemoConfig, run
-    from fusedmerge.demo_report import render
+    from fusedmerge.commands.demo import DemoConfig, run
+    from fusedmerge.commands.demo_report import render
 
     transformers.utils.logging.disable_progress_bar()
     warnings.simplefilter("ignore")  # PEFT warns for each layer that a partial adapter leaves alone
@@ -126,7 +126,7 @@ def _demo(parsed: argparse.Namespace) -> int:
 
 
 def _inspect(parsed: argparse.Namespace) -> int:
-    from fusedmerge.inspection import inspect_adapter, render
+    from fusedmerge.commands.inspect import inspect_adapter, render
 
     try:
         found = inspect_adapter(parsed.directory, parsed.base)
@@ -140,7 +140,7 @@ def _inspect(parsed: argparse.Namespace) -> int:
 
 
 def _doctor(parsed: argparse.Namespace) -> int:
-    from fusedmerge.doctor import diagnose, render
+    from fusedmerge.commands.doctor import diagnose, render
 
     found = diagnose()
     print(json.dumps(found, indent=1) if parsed.json else render(found))
@@ -167,7 +167,7 @@ def _bench(parsed: argparse.Namespace) -> int:
 
 
 def _plot(parsed: argparse.Namespace) -> int:
-    from fusedmerge.plots import render_results
+    from fusedmerge.commands.plot import render_results
 
     if parsed.results and parsed.docs:
         written = render_results(Path(parsed.results), Path(parsed.docs))

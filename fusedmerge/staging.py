@@ -104,13 +104,16 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def orient(adapter: Adapter, specs: Mapping[str, TargetSpec], operation: str) -> tuple[dict[str, Factors], float]:
-    """The adapter's factors as the bank stores them, and how much casting changed them: ||cast - given|| / ||given||.
+    """The adapter's factors as the bank stores them, and how much casting changed them.
+
+    That is sqrt(e_a^2 + e_b^2) with e = ||cast - given|| / ||given|| over all A and over all B: about how much it changed the deltas.
 
     Raises UnknownNameError, ShapeError, and FormatError for factors that are not finite, or not after the cast.
     """
     import torch
 
-    staged, lost, total = {}, 0.0, 0.0
+    staged = {}
+    lost, total = {"a": 0.0, "b": 0.0}, {"a": 0.0, "b": 0.0}
     for target, given in adapter.targets.items():
         field = f'adapter "{adapter.name}" on {target}'
         if target not in specs:
@@ -126,13 +129,13 @@ def orient(adapter: Adapter, specs: Mapping[str, TargetSpec], operation: str) ->
                 raise FormatError(operation, f"{field}: {label}", f"factors that are finite in {spec.dtype}", "inf or NaN")
             if narrow.dtype != tensor.dtype:
                 wide = tensor.detach().to(device=spec.device, dtype=torch.float64)
-                lost += float((narrow.double() - wide).square().sum())
-                total += float(wide.square().sum())
+                lost[label] += float((narrow.double() - wide).square().sum())
+                total[label] += float(wide.square().sum())
             cast.append(narrow)
         staged[target] = Factors(cast[0], cast[1], factors.scaling)
-    error = math.sqrt(lost / total) if total else 0.0
+    error = math.sqrt(sum(lost[label] / total[label] for label in lost if total[label]))
     if error:
-        logger.info('%s: adapter "%s": casting changed the factors by %.2e (relative)', operation, adapter.name, error)
+        logger.info("%s: adapter %s: narrowing its factors changed its deltas by about %.1e", operation, adapter.name, error)
     return staged, error
 
 

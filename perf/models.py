@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import fusedmerge as fm
-from fusedmerge.demo_setup import ModelSize, PeftSwitch, build_llama, clone, peft_load, weights_of, write_adapters
+from fusedmerge.commands.demo_setup import ModelSize, PeftSwitch, build_llama, clone, peft_load, weights_of, write_adapters
 
 MODEL = ModelSize(hidden=640, intermediate=1728, layers=10, heads=10, vocab=1024)  # 50.9 M parameters
 NUM_ADAPTERS, RANK, TOP_K = 8, 64, 2

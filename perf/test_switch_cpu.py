@@ -16,8 +16,8 @@ import torch
 from models import Mixture, Subject, Switch, mixtures
 
 import fusedmerge as fm
-from fusedmerge.demo_checks import Truth, same_bits, truth_from_bank, truth_from_files, weight_errors
-from fusedmerge.demo_setup import build_llama
+from fusedmerge.commands.demo_checks import Truth, same_bits, truth_from_bank, truth_from_files, weight_errors
+from fusedmerge.commands.demo_setup import build_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 JUDGED = "layers.0."  # where the other ways' errors are measured; the switch is checked everywhere

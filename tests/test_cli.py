@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fusedmerge
-from fusedmerge import cli, plots
+from fusedmerge import cli
+from fusedmerge.commands import plot
+from fusedmerge.commands.inspect import inspect_adapter
+from fusedmerge.commands.tables import markdown_table, percent, text_table
 from fusedmerge.errors import FormatError, MissingFileError
-from fusedmerge.inspection import inspect_adapter
-from fusedmerge.tables import markdown_table, percent, text_table
 
 ROOT = Path(fusedmerge.__file__).parent.parent
 
@@ -36,7 +37,7 @@ def made(tmp_path_factory):
     """base/ (a small Llama), adapters/plain (float32, rank 4 and 8 by pattern), adapters/dora."""
     from peft import LoraConfig, get_peft_model
 
-    from fusedmerge.demo_setup import ModelSize, build_llama, write_adapters
+    from fusedmerge.commands.demo_setup import ModelSize, build_llama, write_adapters
 
     root = tmp_path_factory.mktemp("made")
     base = build_llama(ModelSize(hidden=32, intermediate=48, layers=2, heads=2, vocab=64))
@@ -89,7 +90,7 @@ def test_interrupt_exits_130(monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fusedmerge.doctor.diagnose", interrupted)
+    monkeypatch.setattr("fusedmerge.commands.doctor.diagnose", interrupted)
     assert cli.main(["doctor"]) == 130
     assert capsys.readouterr().err == "fusedmerge: interrupted\n"
 
@@ -99,7 +100,7 @@ def test_a_missing_extra_is_named(name, monkeypatch, capsys):
     def missing(*_):
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-    monkeypatch.setattr("fusedmerge.doctor.diagnose", missing)
+    monkeypatch.setattr("fusedmerge.commands.doctor.diagnose", missing)
     assert cli.main(["doctor"]) == 1
     assert "pip install 'fusedmerge[demo]'" in capsys.readouterr().err
 
@@ -108,7 +109,7 @@ def test_a_missing_module_of_our_own_is_not_hidden(monkeypatch):
     def missing(*_):
         raise ModuleNotFoundError("No module named 'fusedmerge.x'", name="fusedmerge.x")
 
-    monkeypatch.setattr("fusedmerge.doctor.diagnose", missing)
+    monkeypatch.setattr("fusedmerge.commands.doctor.diagnose", missing)
     with pytest.raises(ModuleNotFoundError):
         cli.main(["doctor"])
 
@@ -267,7 +268,7 @@ def test_doctor_with_broken_torch_and_cupy(failure, tmp_path):
 
 
 def test_doctor_finds_tools_and_the_environment(tmp_path, monkeypatch):
-    from fusedmerge.doctor import diagnose, render
+    from fusedmerge.commands.doctor import diagnose, render
 
     for name, body in {
         "nvcc": "echo 'nvcc: NVIDIA'; echo 'Cuda compilation tools, release 13.0, V13.0.88'",
@@ -352,36 +353,36 @@ def test_plot_refreshes_marked_blocks(tmp_path):
     results(tmp_path / "results")
     readme = tmp_path / "README.md"
     readme.write_text("Before\n<!-- results: cpu-2core/switch_cpu -->\nold\n<!-- /results -->\nAfter\n")
-    assert readme in plots.render_results(tmp_path / "results", tmp_path / "docs", readme)
+    assert readme in plot.render_results(tmp_path / "results", tmp_path / "docs", readme)
     text = readme.read_text()
     assert text.startswith("Before\n<!-- results: cpu-2core/switch_cpu -->\nA model. ")
     assert text.endswith("\n<!-- /results -->\nAfter\n")
     assert "old" not in text
-    assert readme not in plots.render_results(tmp_path / "results", tmp_path / "docs", readme)
+    assert readme not in plot.render_results(tmp_path / "results", tmp_path / "docs", readme)
     readme.write_text("<!-- results: gpu/none -->\n<!-- /results -->")
     with pytest.raises(FormatError, match="gpu/none"):
-        plots.render_results(tmp_path / "results", tmp_path / "docs", readme)
+        plot.render_results(tmp_path / "results", tmp_path / "docs", readme)
 
 
 def test_plot_refuses_damaged_results(tmp_path):
     with pytest.raises(MissingFileError, match="fusedmerge bench"):
-        plots.load_results(tmp_path / "none")
+        plot.load_results(tmp_path / "none")
     path = results(tmp_path / "results", git_commit="removed")
     with pytest.raises(FormatError, match="no git_commit"):
-        plots.load_results(tmp_path / "results")
+        plot.load_results(tmp_path / "results")
     content = json.loads(path.read_text()) | {"git_commit": None}
     del content["cases"][1]["median_ms"]
     path.write_text(json.dumps(content))
     with pytest.raises(FormatError, match=r"no cases\[1\].median_ms"):
-        plots.load_results(tmp_path / "results")
+        plot.load_results(tmp_path / "results")
     path.write_text(path.read_text()[:100])
     with pytest.raises(FormatError, match=re.escape(str(path))):
-        plots.load_results(tmp_path / "results")
+        plot.load_results(tmp_path / "results")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "perf" / "results").glob("*/*.json")), ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_committed_results_can_be_rendered(path):
-    assert "median" in plots.suite_markdown(plots._load(path))
+    assert "median" in plot.suite_markdown(plot._load(path))
 
 
 def test_tables():

@@ -9,9 +9,9 @@ import warnings
 import pytest
 import torch
 
-from fusedmerge import demo, demo_checks
-from fusedmerge.demo_report import render
-from fusedmerge.demo_setup import ModelSize, PeftSwitch, build_llama, clone, peft_load, weights_of
+from fusedmerge.commands import demo, demo_checks
+from fusedmerge.commands.demo_report import render
+from fusedmerge.commands.demo_setup import ModelSize, PeftSwitch, build_llama, clone, peft_load, weights_of
 from fusedmerge.errors import FusedMergeError
 
 CONFIG = demo.DemoConfig(model=ModelSize(hidden=64, intermediate=96, layers=1, heads=2, vocab=64), switches=25)
@@ -34,7 +34,7 @@ def rows(report):
 
 
 def test_adapters_are_varied_and_of_the_stated_size(report, out):
-    from fusedmerge.inspection import inspect_adapter
+    from fusedmerge.commands.inspect import inspect_adapter
 
     found = report["model"]["adapters"]
     assert len(found) >= 4
@@ -74,7 +74,7 @@ def test_the_switch_is_within_its_bound_and_peft_misrounds(report):
     assert peft["of_bound"] > 1.0
     backbone = found["(the backbone, nothing merged)", "files"]
     assert 0 < found["Switcher, float32 bank", "files"]["logits"] <= peft["logits"] < backbone["logits"]
-    assert report["accuracy"]["files_unlike_switcher"] <= 0.002  # each may misround 0.001 of the weights
+    assert report["accuracy"]["files_as_switcher"]
 
 
 def test_a_live_merged_model_is_saved_and_loaded(report):
@@ -88,7 +88,7 @@ def test_files_and_text(report, out):
     assert json.loads((out / "demo.json").read_text())["drift"]["switches"] == 25
     text = render(report)
     assert "NO " not in text
-    assert text.count("yes  ") == 4
+    assert text.count("yes  ") == 5
     for name in demo.ADAPTERS:
         assert name in text
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusedmerge.commands.tables import markdown_table, percent
 from fusedmerge.errors import FormatError, MissingFileError
-from fusedmerge.tables import markdown_table, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusedmerge.demo_setup import ModelSize
+from fusedmerge.commands.demo_setup import ModelSize
 from fusedmerge.errors import InvalidValueError
 
 if TYPE_CHECKING:
@@ -72,8 +72,8 @@ def run(out: str | Path, config: DemoConfig | None = None, progress: bool = True
 
     Raises InvalidValueError if `out` is a file.
     """
-    from fusedmerge import demo_checks
-    from fusedmerge.plots import plot_drift
+    from fusedmerge.commands import demo_checks
+    from fusedmerge.commands.plot import plot_drift
 
     config = config or DemoConfig()
     out = Path(out)
@@ -110,7 +110,7 @@ def prepare(config: DemoConfig, out: Path, progress: Callable[[str], Any]) -> St
     import torch
     from transformers import AutoModelForCausalLM
 
-    from fusedmerge.demo_setup import build_llama, write_adapters
+    from fusedmerge.commands.demo_setup import build_llama, write_adapters
 
     progress("writing base and adapters")
     base = build_llama(config.model, config.seed)
@@ -184,8 +184,8 @@ def drift(stage: Stage, step: Callable[[], Any]) -> dict[str, Any]:
     import copy
 
     from fusedmerge.bank import AdapterBank
-    from fusedmerge.demo_checks import differing, same_bits
-    from fusedmerge.demo_setup import PeftSwitch, clone, peft_load, weights_of
+    from fusedmerge.commands.demo_checks import differing, same_bits
+    from fusedmerge.commands.demo_setup import PeftSwitch, clone, peft_load, weights_of
     from fusedmerge.switcher import Switcher
 
     bank = AdapterBank.from_peft(stage.adapters, stage.base)
@@ -246,7 +246,7 @@ def _threads(count: int) -> Iterator[None]:
 
 def _merged(switcher: Any, mixture: Mixture, live: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A copy of the live weights with a mixture in; the mixture is taken out again."""
-    from fusedmerge.demo_setup import clone
+    from fusedmerge.commands.demo_setup import clone
 
     with switcher.switched(mixture):
         return clone(live)

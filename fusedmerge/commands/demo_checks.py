@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fusedmerge.demo_setup import clone, peft_load, weights_of
+from fusedmerge.commands.demo_setup import clone, peft_load, weights_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from fusedmerge.bank import AdapterBank
-    from fusedmerge.demo import Stage
+    from fusedmerge.commands.demo import Stage
     from fusedmerge.reference import Member
 
 __all__ = ["Truth", "accuracy", "checkpoint", "differing", "same_bits", "truth_from_bank", "truth_from_files", "weight_errors"]
@@ -56,7 +56,7 @@ def accuracy(stage: Stage) -> dict[str, Any]:
     return {
         "mixture": stage.shown,
         "rows": rows,
-        "files_unlike_switcher": differing(merged["fusedmerge merge (files)"], merged["Switcher, float32 bank"]),
+        "files_as_switcher": same_bits(merged["fusedmerge merge (files)"], merged["Switcher, float32 bank"]),
     }
 
 
@@ -72,7 +72,7 @@ def _bank_dtypes() -> dict[str, torch.dtype]:
 
 def merge_by_peft(stage: Stage, targets: tuple[str, ...]) -> Weights:
     """PEFT's merge_adapter, gates by set_scale."""
-    from fusedmerge.demo_setup import PeftSwitch
+    from fusedmerge.commands.demo_setup import PeftSwitch
 
     model = peft_load(stage.base, stage.adapters)
     PeftSwitch(model).switch(stage.shown)

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
+from fusedmerge.commands.tables import percent, text_table
 from fusedmerge.errors import FormatError, FusedMergeError
-from fusedmerge.tables import percent, text_table
 
 if TYPE_CHECKING:
     import torch
