@@ -43,7 +43,7 @@ lint: $(STAMP)
 	$(BIN)clang-format --dry-run -Werror $(CPP_FILES)
 
 bench: $(STAMP)
-	$(PY) -m pytest perf --benchmark-only
+	$(PY) -m fusedmerge bench
 
 -include tests/sim/sim.mk
 
