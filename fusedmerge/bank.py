@@ -11,36 +11,29 @@ import difflib
 import os
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Union
 
 from fusedmerge.errors import FormatError, InvalidTypeError, InvalidValueError, ShapeError, StateError, UnknownNameError
 from fusedmerge.formats.lora import Adapter, Factors
 from fusedmerge.memory import require_memory
-from fusedmerge.staging import RANK_MULTIPLE, TargetSpec, adapters_from_stacks, check_carried, check_complete, orient, specs_from_weights
+from fusedmerge.staging import (
+    RANK_MULTIPLE,
+    BankTarget,
+    TargetSpec,
+    adapters_from_stacks,
+    check_carried,
+    check_complete,
+    orient,
+    specs_from_weights,
+)
 from fusedmerge.weights import Weights, canonical_name, collect
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["AdapterBank", "BankTarget"]
+__all__ = ["AdapterBank"]
 
 PathLike = Union[str, "os.PathLike[str]"]
-
-
-@dataclass
-class BankTarget:
-    """All adapters' factors on one target, oriented as the weight is stored: delta[rows, cols] = scaling[n] * b[n] @ a[n]."""
-
-    spec: TargetSpec
-    a: torch.Tensor  # [capacity, R, cols]
-    b: torch.Tensor  # [capacity, rows, R]
-    scaling: torch.Tensor  # [capacity] float32
-    ranks: list[int]  # [capacity], on the host; 0: the adapter in this slot (if any) does not adapt this target
-
-    @property
-    def nbytes(self) -> int:
-        return int(self.a.nbytes + self.b.nbytes + self.scaling.nbytes)
 
 
 class AdapterBank:
@@ -148,14 +141,14 @@ class AdapterBank:
         """Write the bank as one safetensors file (atomically: a reader sees the old file or the whole new one)."""
         from fusedmerge.bank_io import save_bank
 
-        save_bank(self, path)
+        save_bank(self._targets, self._slots, self.cast_error, path)
 
     @classmethod
     def load(cls, path: PathLike, device: torch.device | str = "cpu") -> AdapterBank:
         """Read a bank that `save` wrote: same names, slots, factors and capacity, bit for bit."""
         from fusedmerge.bank_io import load_bank
 
-        return load_bank(cls, path, device)
+        return cls(*load_bank(path, device))
 
     @classmethod
     def _build(

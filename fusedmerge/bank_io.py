@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fusedmerge.errors import FormatError, InvalidValueError, MissingFileError, UnknownNameError
 from fusedmerge.formats.lora import Adapter, Factors
-from fusedmerge.staging import TargetSpec
+from fusedmerge.staging import BankTarget, TargetSpec
 from fusedmerge.weights import Weights, canonical_name, collect
 
 if TYPE_CHECKING:
     import torch
-
-    from fusedmerge.bank import AdapterBank
 
 __all__ = ["load_bank", "random_adapters", "save_bank"]
 
@@ -50,13 +48,14 @@ def random_adapters(weights: Weights, num_adapters: int, r: int, targets: Sequen
     return [Adapter(f"random_{index}", factors) for index, factors in enumerate(adapters)]
 
 
-def save_bank(bank: AdapterBank, path: str | os.PathLike[str]) -> None:
+def save_bank(
+    targets: Mapping[str, BankTarget], slots: Sequence[str | None], cast_error: Mapping[str, float], path: str | os.PathLike[str]
+) -> None:
     """See `AdapterBank.save`."""
     from safetensors.torch import save_file
 
-    targets = {name: bank.target(name) for name in bank.targets}
     described = {name: {"ranks": target.ranks, "transposed": target.spec.transposed} for name, target in targets.items()}
-    header = {"slots": list(bank.slots), "cast_error": bank.cast_error, "targets": described}
+    header = {"slots": list(slots), "cast_error": dict(cast_error), "targets": described}
     tensors = {f"{name}.{field}": getattr(target, field) for name, target in targets.items() for field in ("a", "b", "scaling")}
     final = Path(path)
     partial = final.with_name(f".{final.name}.{os.getpid()}.partial")
@@ -67,12 +66,10 @@ def save_bank(bank: AdapterBank, path: str | os.PathLike[str]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def load_bank(cls: type[AdapterBank], path: str | os.PathLike[str], device: torch.device | str) -> AdapterBank:
-    """See `AdapterBank.load`. Raises MissingFileError, or FormatError for a file that `save` did not write whole."""
+def load_bank(path: str | os.PathLike[str], device: torch.device | str) -> tuple[dict[str, BankTarget], list[str | None], dict[str, float]]:
+    """(targets, slots, cast_error) of a saved bank. Raises MissingFileError, or FormatError for a file that `save` did not write whole."""
     import torch
     from safetensors import SafetensorError, safe_open
-
-    from fusedmerge.bank import BankTarget
 
     if not Path(path).is_file():
         raise MissingFileError("load", "path", "a bank file", str(path))
@@ -87,7 +84,7 @@ def load_bank(cls: type[AdapterBank], path: str | os.PathLike[str], device: torc
                 a, b, scaling = (file.get_tensor(f"{name}.{field}") for field in ("a", "b", "scaling"))
                 spec = TargetSpec(name, (b.shape[1], a.shape[2]), a.dtype, torch.device(device), entry["transposed"])
                 targets[name] = BankTarget(spec, a, b, scaling, list(entry["ranks"]))
-            return cls(targets, header["slots"], header["cast_error"])
+            return targets, header["slots"], header["cast_error"]
     except (SafetensorError, KeyError, IndexError, ValueError) as error:
         if isinstance(error, FormatError):
             raise

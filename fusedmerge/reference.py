@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import torch
 
-    from fusedmerge.bank import BankTarget
+    from fusedmerge.staging import BankTarget
 
 __all__ = ["Float", "FORMATS", "Member", "error_bound", "merged", "members", "round_to", "to_float64", "ulp"]
 

@@ -15,7 +15,16 @@ from fusedmerge.weights import Weight, canonical_name
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["RANK_MULTIPLE", "TargetSpec", "adapters_from_stacks", "check_carried", "check_complete", "orient", "specs_from_weights"]
+__all__ = [
+    "RANK_MULTIPLE",
+    "BankTarget",
+    "TargetSpec",
+    "adapters_from_stacks",
+    "check_carried",
+    "check_complete",
+    "orient",
+    "specs_from_weights",
+]
 
 RANK_MULTIPLE = 16  # one k16 step of mma.sync
 logger = logging.getLogger(__name__)
@@ -34,6 +43,21 @@ class TargetSpec:
     def nbytes(self, padded_rank: int, capacity: int) -> int:
         """Bytes of one target's stacked factors and scalings."""
         return capacity * (padded_rank * sum(self.shape) * self.dtype.itemsize + 4)
+
+
+@dataclass
+class BankTarget:
+    """All adapters' factors on one target, oriented as the weight is stored: delta[rows, cols] = scaling[n] * b[n] @ a[n]."""
+
+    spec: TargetSpec
+    a: torch.Tensor  # [capacity, R, cols]
+    b: torch.Tensor  # [capacity, rows, R]
+    scaling: torch.Tensor  # [capacity] float32
+    ranks: list[int]  # [capacity], on the host; 0: the adapter in this slot (if any) does not adapt this target
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.a.nbytes + self.b.nbytes + self.scaling.nbytes)
 
 
 def specs_from_weights(

@@ -20,7 +20,7 @@ from fusedmerge.selection import Mixture
 if TYPE_CHECKING:
     import torch
 
-    from fusedmerge.bank import BankTarget
+    from fusedmerge.staging import BankTarget
 
 __all__ = [
     "BLOCK_ELEMENTS",

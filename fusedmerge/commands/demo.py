@@ -11,20 +11,20 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusedmerge.commands.demo_setup import ModelSize
+from fusedmerge.commands.demo_setup import DemoConfig, Stage
 from fusedmerge.errors import InvalidValueError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
 
-__all__ = ["ADAPTERS", "DemoConfig", "Stage", "run"]
+__all__ = ["ADAPTERS", "DemoConfig", "run"]
 
 Mixture = dict[str, float]
+
 THREADS = 1  # matrices this small gain nothing from more, and threads that wait for each other on a busy machine take seconds
 
 # name -> LoraConfig arguments: different ranks, rslora, a rank pattern, partial targets
@@ -35,36 +35,6 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "legal": {"r": 16, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
     "poetry": {"r": 24, "lora_alpha": 24, "rank_pattern": {"down_proj": 4}, "target_modules": ["q_proj", "o_proj", "up_proj", "down_proj"]},
 }
-
-
-MODEL = ModelSize(hidden=256, intermediate=688, layers=4, heads=4, vocab=1024)
-
-
-@dataclass(frozen=True)
-class DemoConfig:
-    """How large the demo is, and what it shows."""
-
-    model: ModelSize = MODEL
-    switches: int = 1000
-    delta: float = 0.07  # |delta| / |W| of each adapter
-    shown: tuple[tuple[str, float], ...] = (("math", 0.7), ("chat", 0.3))  # the mixture whose weights and logits are compared
-    seed: int = 0
-
-
-@dataclass
-class Stage:
-    """What the demo's steps share."""
-
-    config: DemoConfig
-    out: Path
-    base: PreTrainedModel
-    adapters: dict[str, Path]  # name -> PEFT directory
-    progress: Callable[[str], Any] = field(default=lambda _: None)
-
-    @property
-    def shown(self) -> Mixture:
-        """The mixture whose weights and logits are compared."""
-        return dict(self.config.shown)
 
 
 def run(out: str | Path, config: DemoConfig | None = None, progress: bool = True) -> dict[str, Any]:

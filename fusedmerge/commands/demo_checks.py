@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fusedmerge.commands.demo_setup import clone, peft_load, weights_of
+from fusedmerge.commands.demo_setup import Stage, clone, peft_load, weights_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from fusedmerge.bank import AdapterBank
-    from fusedmerge.commands.demo import Stage
     from fusedmerge.reference import Member
 
 __all__ = ["Truth", "accuracy", "checkpoint", "differing", "same_bits", "truth_from_bank", "truth_from_files", "weight_errors"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,18 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-__all__ = ["ModelSize", "PeftSwitch", "build_llama", "clone", "lora_layers", "peft_load", "weights_of", "write_adapters"]
+__all__ = [
+    "DemoConfig",
+    "ModelSize",
+    "Stage",
+    "PeftSwitch",
+    "build_llama",
+    "clone",
+    "lora_layers",
+    "peft_load",
+    "weights_of",
+    "write_adapters",
+]
 
 
 @dataclass(frozen=True)
@@ -26,6 +37,36 @@ class ModelSize:
     layers: int
     heads: int
     vocab: int
+
+
+MODEL = ModelSize(hidden=256, intermediate=688, layers=4, heads=4, vocab=1024)
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """How large the demo is, and what it shows."""
+
+    model: ModelSize = MODEL
+    switches: int = 1000
+    delta: float = 0.07  # |delta| / |W| of each adapter
+    shown: tuple[tuple[str, float], ...] = (("math", 0.7), ("chat", 0.3))  # the mixture whose weights and logits are compared
+    seed: int = 0
+
+
+@dataclass
+class Stage:
+    """What the demo's steps share."""
+
+    config: DemoConfig
+    out: Path
+    base: PreTrainedModel
+    adapters: dict[str, Path]  # name -> PEFT directory
+    progress: Callable[[str], Any] = field(default=lambda _: None)
+
+    @property
+    def shown(self) -> dict[str, float]:
+        """The mixture whose weights and logits are compared."""
+        return dict(self.config.shown)
 
 
 def build_llama(size: ModelSize, seed: int = 0, dtype: torch.dtype | None = None) -> PreTrainedModel:
