@@ -3,6 +3,7 @@
 #   make test       install and run everything that needs no GPU; make test-fast leaves the slow tests out
 #   make lint       ruff, mypy, clang-format
 #   make bench      the benchmarks in perf/
+#   make cpp        the C++ library: build, test, install, and a program that uses it; without nvcc, what can be built without it
 # PYTHON=      the interpreter to start from
 # VENV=        the environment to install into; none: the current one as it is (no pins, nothing downloaded)
 # TORCH_INDEX= the package index to take torch from
@@ -24,7 +25,7 @@ endif
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --maxprocesses 4 --benchmark-disable
 CPP_FILES := $(shell find $(wildcard python cuda tests examples) -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-fast lint bench clean
+.PHONY: demo test test-fast lint bench cpp clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -44,6 +45,22 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(PY) -m fusedmerge bench
+
+# cmake comes from PATH, or from pip.
+CMAKE ?= $(or $(shell command -v cmake),$(BIN)cmake)
+
+cpp: $(filter $(VENV)/bin/cmake,$(CMAKE))
+	$(CMAKE) --preset release
+	$(CMAKE) --build --preset release --parallel $(shell nproc)
+	CTEST_OUTPUT_ON_FAILURE=1 $(CMAKE) --build --preset release --target test
+	$(CMAKE) --install build/cpp --prefix build/cpp/prefix
+	$(CMAKE) -S examples/cpp -B build/cpp/example -DCMAKE_PREFIX_PATH=$(CURDIR)/build/cpp/prefix
+	$(CMAKE) --build build/cpp/example
+	build/cpp/example/mixture
+
+$(VENV)/bin/cmake:
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install "cmake>=3.24"
 
 -include tests/sim/sim.mk
 

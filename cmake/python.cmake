@@ -1,7 +1,4 @@
 # fusedmerge._ext, when pip builds (scikit-build-core sets SKBUILD).
-if(NOT SKBUILD)
-  return()
-endif()
 find_package(Python 3.10 REQUIRED COMPONENTS Interpreter Development.Module ${SKBUILD_SABI_COMPONENT})
 find_package(nanobind CONFIG REQUIRED)
 nanobind_add_module(_ext STABLE_ABI NB_STATIC python/bindings.cpp)

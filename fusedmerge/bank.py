@@ -24,6 +24,7 @@ from fusedmerge.staging import (
     check_carried,
     check_complete,
     orient,
+    orient_specs,
     specs_from_weights,
 )
 from fusedmerge.weights import Weights, canonical_name, collect
@@ -74,12 +75,20 @@ class AdapterBank:
         return cls.from_adapters(loaded, weights, device, dtype, capacity=capacity, max_rank=max_rank, operation="from_peft")
 
     @classmethod
-    def from_model(cls, peft_model: torch.nn.Module, *, capacity: int | None = None, max_rank: int = 0) -> AdapterBank:
+    def from_model(
+        cls,
+        peft_model: torch.nn.Module,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        capacity: int | None = None,
+        max_rank: int = 0,
+    ) -> AdapterBank:
         """The adapters that live in a PeftModel, at their present scaling. Factors are copied; the model is not changed."""
         from fusedmerge.formats.peft_model import read_peft_model
 
         loaded = read_peft_model(peft_model)
-        return cls.from_adapters(loaded, peft_model, capacity=capacity, max_rank=max_rank, operation="from_model")
+        return cls.from_adapters(loaded, peft_model, device, dtype, capacity=capacity, max_rank=max_rank, operation="from_model")
 
     @classmethod
     def from_tensors(
@@ -88,14 +97,18 @@ class AdapterBank:
         scaling: Any,
         names: Sequence[str] | None = None,
         *,
+        weights: Weights | None = None,
         capacity: int | None = None,
         max_rank: int = 0,
     ) -> AdapterBank:
         """Build from stacked factors {weight name: (a [N, r, in], b [N, out, r])}, copied in their own dtype.
 
-        scaling: [N] (tensor or numbers), one number, or {weight name: [N]}. names: N adapter names; "0", "1", ... by default.
+        scaling: [N] (tensor or numbers), one number, or {weight name: [N]}. names: N adapter names; "0", "1", ... by default. weights: the
+        model, needed only for targets that are stored as [in, out] (Conv1D, embeddings); all others have delta = scaling * b @ a.
         """
         adapters, specs = adapters_from_stacks(tensors, scaling, names)
+        if weights is not None:
+            specs = orient_specs(specs, collect(weights, "from_tensors"), "from_tensors")
         return cls._build(adapters, specs, capacity, max_rank, "from_tensors")
 
     @classmethod
@@ -163,8 +176,9 @@ class AdapterBank:
             if names.count(name) > 1:
                 raise InvalidValueError(operation, "names", "each adapter once", f'"{name}" {names.count(name)} times')
         capacity = len(adapters) if capacity is None else capacity
-        if not isinstance(capacity, int) or capacity < len(adapters):
-            raise InvalidValueError(operation, "capacity", f"an int of at least {len(adapters)} (the number of adapters)", capacity)
+        for field, value, least in (("capacity", capacity, len(adapters)), ("max_rank", max_rank, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise InvalidValueError(operation, field, f"a whole number of at least {least}", repr(value))
         staged = [orient(adapter, specs, operation) for adapter in adapters]
         bank = cls(_allocate(specs, staged, capacity, max_rank, operation), [None] * capacity, {})
         for adapter, (factors, error) in zip(adapters, staged, strict=True):
@@ -181,8 +195,12 @@ class AdapterBank:
         if not isinstance(name, str) or not name or name in self._slots:
             raise InvalidValueError("add", "name", "a new, non-empty name", repr(name))
         if None not in self._slots:
-            raise InvalidValueError("add", f'adapter "{name}"', f"a free slot (capacity {len(self._slots)})", "a full bank")
+            raise InvalidValueError(
+                "add", f'adapter "{name}"', f"a free slot (build the bank with capacity={len(self._slots) + 1} or more)", "a full bank"
+            )
         if isinstance(source, Mapping):
+            if not source or not all(isinstance(p, (tuple, list)) and len(p) == 2 and hasattr(p[0], "dim") for p in source.values()):
+                raise InvalidTypeError("add", f'adapter "{name}"', "{weight name: (a [r, in], b [out, r])}, not empty", repr(source)[:80])
             stacks = {target: (a[None], b[None]) for target, (a, b) in source.items()}
             scalings = {t: [s] for t, s in scaling.items()} if isinstance(scaling, Mapping) else scaling
             adapter = adapters_from_stacks(stacks, scalings, [name], "add")[0][0]
@@ -209,12 +227,12 @@ class AdapterBank:
         slot = self.slot(name, "remove")
         if any(slot in pinned for pinned in self._pins.values()):
             raise StateError("remove", f'adapter "{name}"', "an adapter that is not active (restore its Switcher first)", "an active one")
-        self._slots[slot] = None
         for target in self._targets.values():
             target.ranks[slot] = 0
-            target.scaling[slot] = 0
-            target.a[slot] = 0
-            target.b[slot] = 0
+            target.scalings[slot] = 0.0
+            for tensor in (target.scaling, target.a, target.b):
+                tensor[slot] = 0
+        self._slots[slot] = None
         del self.cast_error[name]
 
     def _write(self, slot: int, name: str, factors: Mapping[str, Factors], error: float) -> None:
@@ -223,6 +241,7 @@ class AdapterBank:
             into.a[slot, : pair.rank].copy_(pair.a)
             into.b[slot, :, : pair.rank].copy_(pair.b)
             into.scaling[slot] = pair.scaling
+            into.scalings[slot] = float(into.scaling[slot])
             into.ranks[slot] = pair.rank
         self._slots[slot] = name
         self.cast_error[name] = error
@@ -257,8 +276,12 @@ class AdapterBank:
         """The stacked factors of one target. Raises UnknownNameError."""
         try:
             return self._targets[canonical_name(name)]
-        except KeyError:
+        except (KeyError, TypeError):
             raise UnknownNameError("bank", "target", f"one of {len(self._targets)} targets", f'"{name}"') from None
+
+    def largest_scaling(self, slot: int) -> float:
+        """The largest |scaling| of one adapter over its targets."""
+        return max(abs(target.scalings[slot]) for target in self._targets.values())
 
     def slot(self, name: str, operation: str = "bank") -> int:
         """The slot of an adapter. Raises UnknownNameError."""
@@ -290,13 +313,15 @@ def _allocate(
     for device in {spec.device for spec in specs.values()}:
         total = sum(spec.nbytes(padded[spec.name], capacity) for spec in specs.values() if spec.device == device)
         require_memory(total, device, operation, f"bank of {capacity} x {len(specs)} targets")
-    return {
-        name: BankTarget(
-            spec,
-            torch.zeros(capacity, padded[name], spec.shape[1], dtype=spec.dtype, device=spec.device),
-            torch.zeros(capacity, spec.shape[0], padded[name], dtype=spec.dtype, device=spec.device),
-            torch.zeros(capacity, dtype=torch.float32, device=spec.device),
-            [0] * capacity,
-        )
-        for name, spec in specs.items()
-    }
+    with torch.inference_mode(False):  # inference tensors could not be written later
+        return {
+            name: BankTarget(
+                spec,
+                torch.zeros(capacity, padded[name], spec.shape[1], dtype=spec.dtype, device=spec.device),
+                torch.zeros(capacity, spec.shape[0], padded[name], dtype=spec.dtype, device=spec.device),
+                torch.zeros(capacity, dtype=torch.float32, device=spec.device),
+                [0] * capacity,
+                [0.0] * capacity,
+            )
+            for name, spec in specs.items()
+        }

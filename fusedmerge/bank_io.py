@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fusedmerge.errors import FormatError, InvalidValueError, MissingFileError, UnknownNameError
+from fusedmerge.checks import usable_device
+from fusedmerge.errors import FormatError, InvalidValueError, MissingFileError, ShapeError, UnknownNameError
 from fusedmerge.formats.lora import Adapter, Factors
 from fusedmerge.staging import BankTarget, TargetSpec
 from fusedmerge.weights import Weights, canonical_name, collect
@@ -25,17 +26,19 @@ def random_adapters(weights: Weights, num_adapters: int, r: int, targets: Sequen
     """Normal factors with |B A| / |W| of about `delta` on every target. Raises UnknownNameError for a target that is not there."""
     import torch
 
-    if num_adapters < 1 or r < 1:
-        raise InvalidValueError("random", "num_adapters and r", "at least 1", f"{num_adapters} and {r}")
+    if not isinstance(num_adapters, int) or not isinstance(r, int) or num_adapters < 1 or r < 1:
+        raise InvalidValueError("random", "num_adapters and r", "whole numbers of at least 1", f"{num_adapters!r} and {r!r}")
     found = collect(weights, "random")
     if targets is None:
         bare = not isinstance(weights, torch.nn.Module)
         chosen = [name for name, w in found.items() if w.tensor.dim() == 2 and (bare or w.transposed is False)]
     else:
-        chosen = [canonical_name(name) for name in targets]
+        chosen = [canonical_name(name) for name in ([targets] if isinstance(targets, str) else targets)]
     for name in chosen:
         if name not in found:
             raise UnknownNameError("random", "targets", "weights that the model has", name)
+        if found[name].tensor.dim() != 2:
+            raise ShapeError("random", name, "a matrix", f"shape {list(found[name].tensor.shape)}")
     generator = torch.Generator().manual_seed(seed)
     adapters: list[dict[str, Factors]] = [{} for _ in range(num_adapters)]
     for name in chosen:
@@ -58,6 +61,8 @@ def save_bank(
     header = {"slots": list(slots), "cast_error": dict(cast_error), "targets": described}
     tensors = {f"{name}.{field}": getattr(target, field) for name, target in targets.items() for field in ("a", "b", "scaling")}
     final = Path(path)
+    if not final.parent.is_dir():
+        raise MissingFileError("save", "path", "a file in a directory that is there", str(path))
     partial = final.with_name(f".{final.name}.{os.getpid()}.partial")
     try:
         save_file(tensors, partial, metadata={"format": FORMAT, "bank": json.dumps(header)})
@@ -71,7 +76,8 @@ def load_bank(path: str | os.PathLike[str], device: torch.device | str) -> tuple
     import torch
     from safetensors import SafetensorError, safe_open
 
-    if not Path(path).is_file():
+    device = usable_device(device, "load")
+    if not isinstance(path, (str, os.PathLike)) or not Path(path).is_file():
         raise MissingFileError("load", "path", "a bank file", str(path))
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
@@ -83,9 +89,14 @@ def load_bank(path: str | os.PathLike[str], device: torch.device | str) -> tuple
             for name, entry in header["targets"].items():
                 a, b, scaling = (file.get_tensor(f"{name}.{field}") for field in ("a", "b", "scaling"))
                 spec = TargetSpec(name, (b.shape[1], a.shape[2]), a.dtype, torch.device(device), entry["transposed"])
-                targets[name] = BankTarget(spec, a, b, scaling, list(entry["ranks"]))
+                targets[name] = BankTarget(spec, a, b, scaling, list(entry["ranks"]), scaling.tolist())
+                if max(entry["ranks"]) > a.shape[1] or len(entry["ranks"]) != a.shape[0]:
+                    raise ValueError(f"ranks {entry['ranks']} of {name}")
+            taken = [name for name in header["slots"] if name is not None]
+            if len(set(taken)) != len(taken):
+                raise ValueError(f"slots {header['slots']}")
             return targets, header["slots"], header["cast_error"]
-    except (SafetensorError, KeyError, IndexError, ValueError) as error:
+    except (SafetensorError, KeyError, IndexError, ValueError, TypeError) as error:
         if isinstance(error, FormatError):
             raise
         raise FormatError("load", str(path), "a bank that save() wrote", error) from error

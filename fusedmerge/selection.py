@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from fusedmerge.checks import to_float32
 from fusedmerge.errors import DeviceError, DtypeError, InvalidTypeError, InvalidValueError, ShapeError
 
 if TYPE_CHECKING:
@@ -39,8 +41,12 @@ def parse(bank: AdapterBank, adapters: Any, gates: Any, operation: str = "switch
             named[name] = named[name] + gate if name in named else gate
     for name, gate in named.items():
         _check_finite(gate, operation, name)
-    kept = tuple((name, gate) for name, gate in named.items() if _float32(gate) != 0)
-    return tuple(sorted((bank.slot(name), _float32(gate)) for name, gate in kept)), kept
+    kept = tuple((name, gate) for name, gate in named.items() if to_float32(gate) != 0)
+    mixture = tuple(sorted((bank.slot(name), to_float32(gate)) for name, gate in kept))
+    for slot, gate in mixture:
+        if not math.isfinite(to_float32(gate * bank.largest_scaling(slot))):
+            raise InvalidValueError(operation, f"gate of {bank.slots[slot]!r} times its scaling", "a finite float32", gate)
+    return mixture, kept
 
 
 def _members(adapters: Any, operation: str) -> list[Any]:
@@ -82,7 +88,10 @@ def _name(bank: AdapterBank, member: Any, operation: str) -> str | None:
         return bank.slots[bank.slot(member, operation)]
     if isinstance(member, bool) or not hasattr(member, "__index__"):
         raise InvalidTypeError(operation, "adapters", "names (str) or slot ids (int)", f"{member!r} ({type(member).__name__})")
-    slot = int(member)
+    try:
+        slot = operator.index(member)
+    except TypeError as error:
+        raise InvalidTypeError(operation, "adapters", "names (str) or slot ids (int)", repr(member)) from error
     if slot == -1:
         return None
     if not 0 <= slot < len(bank.slots):
@@ -94,21 +103,13 @@ def _name(bank: AdapterBank, member: Any, operation: str) -> str | None:
 
 def _number(value: Any, operation: str, field: str) -> float:
     if hasattr(value, "item"):
-        _array(value, operation, field, "a number", lambda kind: "float" in kind or "int" in kind)
-        value = value.item()
+        values = _array(value, operation, field, "a number", lambda kind: "float" in kind or "int" in kind)
+        value = values[0] if len(values) == 1 else values
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise InvalidTypeError(operation, field, "a number", type(value).__name__)
-    return float(value)
-
-
-def _float32(value: float) -> float:
-    """The nearest float32, as a float; inf where there is none."""
-    import numpy as np
-
-    with np.errstate(over="ignore"):
-        return float(np.float32(value))
+    return math.inf if abs(value) >= 1e300 else float(value)  # no such float32 anyway; an int may be too large even for a float
 
 
 def _check_finite(gate: float, operation: str, member: object) -> None:
-    if not math.isfinite(_float32(gate)):
+    if not math.isfinite(to_float32(gate)):
         raise InvalidValueError(operation, f"gate of {member!r}", "a finite float32", gate)

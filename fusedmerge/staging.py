@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from fusedmerge.checks import shorten, to_float32, usable_device
 from fusedmerge.errors import DeviceError, DtypeError, FormatError, InvalidTypeError, InvalidValueError, ShapeError, UnknownNameError
 from fusedmerge.formats.lora import Adapter, Factors
 from fusedmerge.weights import Weight, canonical_name
@@ -23,6 +24,7 @@ __all__ = [
     "check_carried",
     "check_complete",
     "orient",
+    "orient_specs",
     "specs_from_weights",
 ]
 
@@ -54,6 +56,7 @@ class BankTarget:
     b: torch.Tensor  # [capacity, rows, R]
     scaling: torch.Tensor  # [capacity] float32
     ranks: list[int]  # [capacity], on the host; 0: the adapter in this slot (if any) does not adapt this target
+    scalings: list[float]  # [capacity], on the host: what `scaling` holds
 
     @property
     def nbytes(self) -> int:
@@ -69,10 +72,9 @@ def specs_from_weights(
     if dtype not in (None, torch.bfloat16, torch.float16, torch.float32):
         raise DtypeError(operation, "dtype", "bfloat16, float16, float32 or None", dtype)
     adapted = {target for adapter in adapters for target in adapter.targets}
-    missing = sorted(adapted - found.keys())
+    missing = adapted - found.keys()
     if missing:
-        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise UnknownNameError(operation, "targets", "weights that the model has", f"no {shown}")
+        raise UnknownNameError(operation, "targets", "weights that the model has", f"no {shorten(missing)}")
     specs = {}
     for name, weight in found.items():
         if name not in adapted:
@@ -85,16 +87,31 @@ def specs_from_weights(
             raise DeviceError(operation, name, "a weight with storage (load or materialise the model first)", "device meta")
         if tensor.dim() != 2:
             raise ShapeError(operation, name, "a matrix", f"shape {list(tensor.shape)}")
-        where = torch.device(device) if device is not None else tensor.device
+        where = tensor.device if device is None else usable_device(device, operation)
         specs[name] = TargetSpec(name, (tensor.shape[0], tensor.shape[1]), dtype or tensor.dtype, where, weight.transposed)
     return specs
 
 
-def check_complete(adapter: Adapter, found: Mapping[str, Weight], operation: str) -> None:
+def orient_specs(specs: Mapping[str, TargetSpec], found: Mapping[str, Weight], operation: str) -> dict[str, TargetSpec]:
+    """Specs with the shapes and layouts of a model's own weights. Raises UnknownNameError for targets that the model lacks."""
+    missing = specs.keys() - found.keys()
+    if missing:
+        raise UnknownNameError(operation, "targets", "weights that the model has", f"no {shorten(missing)}")
+    for name in specs:
+        if found[name].tensor.dim() != 2:
+            raise ShapeError(operation, name, "a matrix", f"shape {list(found[name].tensor.shape)}")
+    return {
+        name: replace(spec, shape=(found[name].tensor.shape[0], found[name].tensor.shape[1]), transposed=found[name].transposed)
+        for name, spec in specs.items()
+    }
+
+
+def check_complete(adapter: Adapter, found: Iterable[str], operation: str) -> None:
     """A target module that the adapter's configuration lists and the model has, but that no tensor adapts, means a file with parts missing.
 
-    Entries that the model has no module for are no fault: PEFT ignores them.
+    `found` are the model's weights by name. Entries that the model has no module for are no fault: PEFT ignores them.
     """
+    found = list(found)
     listed = adapter.config.get("target_modules")
     if (
         not isinstance(listed, (list, tuple, set))
@@ -144,7 +161,7 @@ def orient(adapter: Adapter, specs: Mapping[str, TargetSpec], operation: str) ->
             raise UnknownNameError(operation, field, f"one of the bank's {len(specs)} targets", "another")
         spec = specs[target]
         factors = given.oriented(spec.shape, spec.transposed, operation, field)
-        if not math.isfinite(factors.scaling) or not math.isfinite(torch.tensor(factors.scaling, dtype=torch.float32).item()):
+        if not math.isfinite(to_float32(factors.scaling)):
             raise FormatError(operation, f"{field}: scaling", "a finite float32", factors.scaling)
         cast = []
         for label, tensor in (("a", factors.a), ("b", factors.b)):
@@ -172,8 +189,10 @@ def adapters_from_stacks(
     if not isinstance(tensors, Mapping):
         raise InvalidTypeError(operation, "tensors", "{weight name: (a, b)}", type(tensors).__name__)
     specs: dict[str, TargetSpec] = {}
-    per_adapter: list[dict[str, Factors]] = []
+    per_adapter: list[dict[str, Factors]] | None = None
     for raw, pair in tensors.items():
+        if not isinstance(raw, str):
+            raise InvalidTypeError(operation, "tensors", "weight names (str)", repr(raw))
         name = canonical_name(raw)
         if name in specs:
             raise InvalidValueError(operation, raw, "each target once", f'a second "{name}"')
@@ -184,15 +203,21 @@ def adapters_from_stacks(
             raise ShapeError(operation, raw, "a [N, r, in] and b [N, out, r]", f"a {list(a.shape)} and b {list(b.shape)}")
         if a.dtype != b.dtype or a.dtype not in (torch.bfloat16, torch.float16, torch.float32):
             raise DtypeError(operation, raw, "a and b both bfloat16, float16 or float32", f"{a.dtype} and {b.dtype}")
+        if a.layout is not torch.strided or b.layout is not torch.strided:
+            raise ShapeError(operation, raw, "dense tensors", f"{a.layout} and {b.layout}")
         if a.device != b.device or a.device.type == "meta":
             raise DeviceError(operation, raw, "a and b on one device, with storage", f"{a.device} and {b.device}")
-        if per_adapter and len(per_adapter) != a.shape[0]:
+        if per_adapter is None:
+            per_adapter = [{} for _ in range(a.shape[0])]
+        if len(per_adapter) != a.shape[0]:
             raise ShapeError(operation, raw, f"{len(per_adapter)} adapters, as the other targets have", int(a.shape[0]))
-        per_adapter = per_adapter or [{} for _ in range(a.shape[0])]
-        specs[name] = TargetSpec(name, (b.shape[1], a.shape[2]), a.dtype, a.device)
+        specs[name] = TargetSpec(name, (b.shape[1], a.shape[2]), a.dtype, a.device, transposed=False)
         scales = _scalings(scaling, raw, name, int(a.shape[0]), operation)
         for index, factors in enumerate(per_adapter):
             factors[name] = Factors(a[index], b[index], scales[index])
+    per_adapter = per_adapter or []
+    if names is not None and (isinstance(names, str) or not isinstance(names, Sequence)):
+        raise InvalidTypeError(operation, "names", "a sequence of str", repr(names))
     names = [str(index) for index in range(len(per_adapter))] if names is None else list(names)
     if len(names) != len(per_adapter):
         raise InvalidValueError(operation, "names", f"{len(per_adapter)} names", len(names))
@@ -202,15 +227,17 @@ def adapters_from_stacks(
 def _scalings(scaling: Any, raw: str, name: str, count: int, operation: str) -> list[float]:
     """The `count` scalings of one target, from a number, a sequence or tensor [N], or a mapping of those."""
     if isinstance(scaling, Mapping):
-        by_name = {canonical_name(key): value for key, value in scaling.items()}
+        by_name = {canonical_name(str(key)): value for key, value in scaling.items()}
         if name not in by_name:
             raise UnknownNameError(operation, "scaling", f"an entry for {raw}", "none")
         scaling = by_name[name]
+    if getattr(getattr(scaling, "device", None), "type", "") == "meta":
+        raise DeviceError(operation, f"scaling of {raw}", "a tensor with storage", "device meta")
     values = scaling.tolist() if hasattr(scaling, "tolist") else scaling
     if isinstance(values, (int, float)) and not isinstance(values, bool):
-        return [float(values)] * count
+        return [to_float32(values)] * count
     if not isinstance(values, Sequence) or isinstance(values, str) or not all(isinstance(v, (int, float)) for v in values):
         raise InvalidTypeError(operation, f"scaling of {raw}", "a number, or a number per adapter", repr(scaling))
     if len(values) != count:
         raise ShapeError(operation, f"scaling of {raw}", f"[{count}]", [len(values)])
-    return [float(v) for v in values]
+    return [to_float32(v) for v in values]

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from fusedmerge.backend import Engine, Segment, choose, make_engine
 from fusedmerge.bank import AdapterBank
-from fusedmerge.errors import DeviceError, DtypeError, InvalidTypeError, InvalidValueError, StateError
+from fusedmerge.errors import DeviceError, DtypeError, InvalidTypeError, InvalidValueError, ShapeError, StateError
 from fusedmerge.memory import require_memory
+from fusedmerge.placement import Placement
 from fusedmerge.selection import Mixture, Named, parse
 from fusedmerge.weights import Weight, Weights, check_writable, collect, overlap
 
@@ -29,7 +30,7 @@ class Switcher:
 
     mode "exact": live = round(base + sum gate * scaling * B A) from a pristine copy of every adapted weight, so that no switch leaves a
     trace and `restore()` gives the original bits. "inplace": no copy; the last mixture is subtracted as the new one is added, which
-    rounds at every switch and drifts.
+    rounds at every switch and drifts; an overflow in a 16-bit weight is then for good.
 
     Every target of the bank must be there: once, unquantised, in the bank's dtype (or with a float32 bank), on its device. Storage never
     moves. Writes are made under no_grad and bump version counters, so that a stale backward raises. Not thread-safe. A Switcher that is
@@ -37,6 +38,8 @@ class Switcher:
     """
 
     def __init__(self, weights: Weights, bank: AdapterBank, mode: str = "exact") -> None:
+        import torch
+
         operation = "Switcher"
         if not isinstance(bank, AdapterBank):
             raise InvalidTypeError(operation, "bank", "an AdapterBank", type(bank).__name__)
@@ -45,18 +48,20 @@ class Switcher:
         found = collect(weights, operation)
         _warn_of_live_adapters(weights)
         live = check_writable({name: bank.target(name).spec.shape for name in bank.targets}, found, operation)
-        _check_factors(bank, live, operation)
+        _check_factors(bank, live, found, operation)
         device = next(iter(live.values())).device
-        choose(device, operation)
+        backend = choose(device, operation)
         self.mode = mode
         self.bank = bank
         self._live = live
-        self._weights: dict[str, Weight] = {name: found[name] for name in live}
+        self._placement = Placement(weights, {name: found[name] for name in live})
         self._check_unshared(operation)
         if mode == "exact":
             require_memory(sum(t.nbytes for t in live.values()), device, operation, "the pristine copy of the adapted weights")
-        self._segments = [Segment(tensor, tensor.clone() if mode == "exact" else None, bank.target(name)) for name, tensor in live.items()]
-        self._engine: Engine | None = make_engine(self._segments)
+        with torch.inference_mode(False):  # inference tensors could not be written later
+            self._segments = [Segment(w, w.clone() if mode == "exact" else None, bank.target(name)) for name, w in live.items()]
+            self._engine: Engine | None = make_engine(backend, self._segments)
+        self._forced = False  # by `invalidate`: the next switch writes
         self._labels: dict[Mixture, Named] = {(): ()}
         _switchers.add(self)
 
@@ -75,15 +80,21 @@ class Switcher:
 
     @contextmanager
     def switched(self, adapters: Any, gates: Any = None) -> Iterator[Switcher]:
-        """`switch` for the length of a with block; then the previous mixture again, also after an exception."""
+        """`switch` for the length of a with block; then the previous mixture again, also after an exception.
+
+        Adapters of the previous mixture cannot be removed from the bank meanwhile.
+        """
         before = self.active
         mixture = parse(self.bank, dict(before), None, "switched")[0]
+        hold = _Hold()
+        self.bank.pin(hold, frozenset(slot for slot, _ in mixture))
         try:
             self.switch(adapters, gates)
             yield self
         finally:
             if self._engine is not None:
                 self._set(mixture, before, "switched")
+            self.bank.pin(hold, frozenset())
 
     @property
     def active(self) -> Named:
@@ -96,7 +107,7 @@ class Switcher:
     def check(self) -> None:
         """Raise whatever is wrong with the present state: an interrupted switch, weights that were moved, a closed Switcher."""
         self._open("check")
-        self._check_in_place("check")
+        self._placement.check("check")
         _ = self.active
 
     def invalidate(self) -> None:
@@ -105,23 +116,37 @@ class Switcher:
         In inplace mode there is no copy to write from, and this changes nothing.
         """
         self._open("invalidate").invalidate()
+        self._forced = self.mode == "exact"
 
     def refresh(self) -> None:
         """Take the weights as they are now, with whatever was edited from outside, as the new base. Only while nothing is merged."""
         if self.active:
             raise StateError("refresh", "mixture", "none (restore() first; then edit, then refresh())", self.active)
-        self._check_in_place("refresh")
+        self._placement.check("refresh")
+        self._check_unshared("refresh")
         for segment in self._segments:
             if segment.base is not None:
                 segment.base.copy_(segment.live)
 
     def close(self) -> None:
-        """Restore, and free the pristine copy. Further calls raise StateError; a second `close` does nothing."""
+        """Restore, and free the pristine copy. Further calls raise StateError; a second `close` does nothing.
+
+        If the weights were moved, there is nothing to restore: everything is freed all the same, and StateError raised, once.
+        """
         if self._engine is None:
             return
+        try:
+            self._placement.check("close")
+        except StateError:
+            self._free()
+            raise
         self.restore()
+        self._free()
+
+    def _free(self) -> None:
         self._engine = None
         self._segments = []
+        self.bank.pin(self, frozenset())
         _switchers.discard(self)
 
     @property
@@ -138,28 +163,21 @@ class Switcher:
     def _set(self, mixture: Mixture, named: Named, operation: str) -> None:
         """check -> label -> apply."""
         engine = self._open(operation)
-        self._check_in_place(operation)
-        if mixture:
-            self._check_unshared(operation)
+        self._placement.check(operation)
         held = engine.mixture
+        if operation == "switch" or mixture != held or self._forced:
+            self._check_unshared(operation)
         kept = {} if held is None else {held: self._labels[held]}
         self._labels = {(): (), **kept, mixture: named}
         self.bank.pin(self, self.bank.pinned(self) | {slot for slot, _ in mixture})
         engine.apply(mixture)
+        self._forced = False
         self.bank.pin(self, frozenset(slot for slot, _ in mixture))
 
     def _open(self, operation: str) -> Engine:
         if self._engine is None:
             raise StateError(operation, "Switcher", "an open one", "a closed one")
         return self._engine
-
-    def _check_in_place(self, operation: str) -> None:
-        """The model must still use the storage that this Switcher writes to (model.to(...) or a new Parameter would leave it behind)."""
-        for name, live in self._live.items():
-            weight = self._weights[name]
-            now = weight.tensor if weight.owner is None else weight.owner._parameters.get(weight.attribute)
-            if now is None or now.data_ptr() != live.data_ptr() or now.dtype != live.dtype:
-                raise StateError(operation, name, "the storage it had when the Switcher was built", "another; build a new Switcher")
 
     def _check_unshared(self, operation: str) -> None:
         for other in list(_switchers):
@@ -176,20 +194,27 @@ class Switcher:
 def _warn_of_live_adapters(weights: Weights) -> None:
     """PEFT layers that are switched on add their own active adapters to whatever is merged into their base weights."""
     modules = weights.modules() if hasattr(weights, "modules") else ()
-    if any(hasattr(m, "lora_A") and not m.disable_adapters and m.active_adapters for m in modules):
+    if any(hasattr(m, "lora_A") and not getattr(m, "disable_adapters", True) and getattr(m, "active_adapters", ()) for m in modules):
         warnings.warn(
             "Switcher: the model's own PEFT adapters are active and add to the mixture; disable_adapter_layers() first", stacklevel=3
         )
 
 
-def _check_factors(bank: AdapterBank, live: dict[str, torch.Tensor], operation: str) -> None:
-    """Factors have the weight's dtype, or float32, and its device."""
+class _Hold:
+    """Owner of a `switched` block's pins."""
+
+
+def _check_factors(bank: AdapterBank, live: dict[str, torch.Tensor], found: dict[str, Weight], operation: str) -> None:
+    """Factors have the weight's dtype, or float32, its device, and its orientation."""
     import torch
 
     for name, tensor in live.items():
         spec = bank.target(name).spec
         if spec.device != tensor.device:
             raise DeviceError(operation, name, f"a weight on the bank's device ({spec.device})", tensor.device)
+        if None not in (found[name].transposed, spec.transposed) and found[name].transposed != spec.transposed:
+            expected = "factors oriented for a weight stored as [in, out]" if found[name].transposed else "factors for [out, in]"
+            raise ShapeError(operation, name, f"{expected} (build the bank with this model as `weights`)", "the other orientation")
         if spec.dtype not in (tensor.dtype, torch.float32):
             raise DtypeError(operation, name, f"a bank in the weight's dtype ({tensor.dtype}) or in float32", spec.dtype)
         if tensor.device != next(iter(live.values())).device:

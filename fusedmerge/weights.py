@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Union
 
+from fusedmerge.checks import shorten
 from fusedmerge.errors import DeviceError, DtypeError, InvalidTypeError, InvalidValueError, ShapeError, StateError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class Weight:
     quantised: str = ""  # the quantisation's name, where the module shows one
     owner: torch.nn.Module | None = None  # the module that holds it as parameter `attribute`
     attribute: str = ""
+    path: str = ""  # the owner's, from the model's root
 
 
 def collect(weights: Weights, operation: str) -> dict[str, Weight]:
@@ -82,11 +84,12 @@ def _module_weights(model: torch.nn.Module) -> Iterable[tuple[str, Weight]]:
             transposed = True
         elif isinstance(module, torch.nn.Linear):
             transposed = False
-        for name, tensor in module._parameters.items():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is None:
                 continue
             raw = f"{prefix}.{name}" if prefix else name
-            yield raw, Weight(canonical_name(raw), tensor, transposed if name == "weight" else None, _quantisation(tensor), module, name)
+            layout = transposed if name == "weight" else None
+            yield raw, Weight(canonical_name(raw), tensor, layout, _quantisation(tensor), module, name, prefix)
         for name in ("qweight", "weight_packed"):  # GPTQ, AWQ and compressed-tensors hold no plain weight at all
             tensor = getattr(module, name, None)
             if isinstance(tensor, torch.Tensor) and "weight" not in module._parameters:
@@ -112,11 +115,12 @@ def check_writable(targets: Mapping[str, tuple[int, int]], found: Mapping[str, W
 
     missing = [name for name in targets if name not in found]
     if missing:
-        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise UnknownNameError(operation, "targets", "weights that the model has", f"no {shown}")
+        raise UnknownNameError(operation, "targets", "weights that the model has", f"no {shorten(missing)}")
     for name, shape in targets.items():
         weight = found[name]
         tensor = weight.tensor
+        if tensor.layout is not torch.strided:
+            raise ShapeError(operation, name, "a dense weight", tensor.layout)
         if weight.quantised or not tensor.is_floating_point():
             got = weight.quantised or str(tensor.dtype)
             raise DtypeError(operation, name, "a plain weight; merge into the unquantised base instead", f"a quantised one ({got})")

@@ -1,4 +1,4 @@
-// Python bindings: tables of pointers and strides in, no logic. fusedmerge/backend/cpu.py builds the tables.
+// Python bindings: tables of pointers and strides in, no logic. fusedmerge/backend/native.py builds the tables.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>

@@ -1,15 +1,33 @@
 """Fixtures that several test files use."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from fusedmerge import backend
 
+BUILD = Path(__file__).parent / "sim/build.py"
 
-@pytest.fixture(params=["native", "torch"])
+
+@pytest.fixture(scope="session")
+def sim_library():
+    """The simulator's path; FUSEDMERGE_SIM_LIB names another build of it. build.py holds a lock: of several workers, one compiles."""
+    given = os.environ.get("FUSEDMERGE_SIM_LIB")
+    return given or subprocess.run([sys.executable, str(BUILD)], check=True, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.fixture(params=["native", "torch", "sim"])
 def engine(request, monkeypatch):
-    """Both ways to run a switch on the CPU."""
+    """Every way to run a switch on the CPU."""
+    monkeypatch.delenv("FUSEDMERGE_BACKEND", raising=False)
     if request.param == "torch":
         monkeypatch.setattr(backend, "extension", lambda: None)
+    elif request.param == "sim":
+        monkeypatch.setenv("FUSEDMERGE_SIM_LIB", request.getfixturevalue("sim_library"))
+        monkeypatch.setenv("FUSEDMERGE_BACKEND", "sim")
     else:
         assert backend.extension(), "the extension is not built: run `make test`"
     return request.param

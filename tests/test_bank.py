@@ -91,6 +91,12 @@ A, B = torch.ones(2, 3, 5), torch.ones(2, 4, 3)
         ({"w": (A, B)}, [1.0], None, errors.ShapeError, r"expected \[2\], got \[1\]"),
         ({"w": (A, B)}, "one", None, errors.InvalidTypeError, "scaling of w"),
         ({"w": (A, B)}, {"v": [1, 1]}, None, errors.UnknownNameError, "an entry for w"),
+        ({"w": (A, B)}, 10**400, None, errors.FormatError, "scaling: expected a finite float32"),
+        ({"w": (A.to_sparse(), B)}, 1.0, None, errors.ShapeError, "dense tensors"),
+        ({"w": (A, B)}, torch.ones(2, device="meta"), None, errors.DeviceError, "scaling of w"),
+        ({5: (A, B)}, 1.0, None, errors.InvalidTypeError, "weight names"),
+        ({"w": (A[:0], B[:0]), "v": (A, B)}, 1.0, None, errors.ShapeError, "0 adapters"),
+        ({"w": (A, B)}, 1.0, "xy", errors.InvalidTypeError, "a sequence of str"),
         ({"w": (A, B)}, 1.0, ["x"], errors.InvalidValueError, "2 names"),
         ({"w": (A, B)}, 1.0, ["x", "x"], errors.InvalidValueError, '"x" 2 times'),
         ({"w": (A, B)}, 1.0, ["x", 3], errors.InvalidTypeError, "non-empty strings"),
@@ -100,6 +106,53 @@ A, B = torch.ones(2, 3, 5), torch.ones(2, 4, 3)
 def test_from_tensors_refuses(tensors, scaling, names, error, message):
     with pytest.raises(error, match=message):
         fm.AdapterBank.from_tensors(tensors, scaling, names)
+
+
+def test_from_tensors_for_weights_stored_as_in_out():
+    """a [N, r, in] and b [N, out, r] are the adapter's own; the model says how its weight is stored."""
+    model = nn.ModuleDict({"embed": nn.Embedding(9, 4), "square": nn.Embedding(4, 4), "linear": nn.Linear(9, 4)})
+    stacks = {"embed.weight": (A[..., :1].expand(2, 3, 9), B), "square.weight": (torch.randn(2, 3, 4), torch.randn(2, 4, 3))}
+    bank = fm.AdapterBank.from_tensors(stacks, 0.5, weights=model)
+    a, b = stacks["square.weight"]
+    target = bank.target("square.weight")
+    assert torch.allclose(target.b[1] @ target.a[1], (b[1] @ a[1]).t(), atol=1e-6)
+    assert bank.target("embed.weight").spec.shape == (9, 4)
+    fm.Switcher(model, bank).switch("0")
+    with pytest.raises(errors.ShapeError, match=r"stored as \[in, out\] \(build the bank with this model"):
+        fm.Switcher(model, fm.AdapterBank.from_tensors({"square.weight": (a, b)}, 0.5))
+    with pytest.raises(errors.UnknownNameError, match="no nobody"):
+        fm.AdapterBank.from_tensors({"nobody": (A, B)}, 1.0, weights=model)
+
+
+def test_a_bank_made_under_inference_mode_can_be_used_outside_it():
+    weights = kit.make_weights([(6, 5)])
+    with torch.inference_mode():
+        bank = kit.make_bank(weights)
+        switcher = fm.Switcher(weights, bank)
+    switcher.switch("a0")
+    switcher.restore()
+    switcher.refresh()
+    bank.remove("a0")
+    assert bank.names == ("a1", "a2", "a3")
+
+
+def test_bad_arguments_of_builders():
+    weights = {"w": torch.zeros(4, 5), "cube": torch.zeros(2, 2, 2)}
+    one = Adapter("one", {"w": _factors(2, 4, 5)})
+    for device in ("cuda:99", "nonsense", "meta"):
+        with pytest.raises(errors.DeviceError, match="device"):
+            fm.AdapterBank.from_adapters([one], weights, device=device)
+    for options in ({"capacity": True}, {"capacity": "3"}, {"max_rank": -1}, {"max_rank": "3"}):
+        with pytest.raises(errors.InvalidValueError, match="a whole number"):
+            fm.AdapterBank.from_adapters([one], weights, **options)
+    with pytest.raises(errors.ShapeError, match="a matrix"):
+        fm.AdapterBank.random(weights, 1, 2, targets="cube")
+    with pytest.raises(errors.InvalidValueError, match="whole numbers"):
+        fm.AdapterBank.random(weights, "1", 2)
+    with pytest.raises(errors.UnknownNameError, match="targets"):
+        fm.AdapterBank.from_adapters([one], weights).target(5)
+    with pytest.raises(errors.MissingFileError, match="a file in a directory"):
+        fm.AdapterBank.from_adapters([one], weights).save("/nonexistent/bank.safetensors")
 
 
 def test_from_adapters_refuses():
@@ -199,6 +252,9 @@ def test_add_and_remove_refuse_and_change_nothing():
         ("two", {"w0": (torch.ones(2, 4), torch.ones(6, 2))}, 1.0, errors.ShapeError, "delta B A"),
         ("two", {"w0": (good[0] * float("nan"), good[1])}, 1.0, errors.FormatError, "finite"),
         ("two", {"w0": good}, None, errors.InvalidTypeError, "scaling"),
+        ("two", {"w0": good[0]}, 1.0, errors.InvalidTypeError, r"weight name: \(a"),
+        ("two", {"w0": (1, 2)}, 1.0, errors.InvalidTypeError, "not empty"),
+        ("two", {}, 1.0, errors.InvalidTypeError, "not empty"),
         ("two", Adapter("x", {"w0": _factors(1, 6, 5)}, base_weights={"w0": weights["w0"]}), None, errors.FormatError, "from_peft"),
     ]:
         with pytest.raises(error, match=message):
@@ -245,6 +301,13 @@ def test_loading_a_damaged_bank_is_refused(tmp_path):
         fm.AdapterBank.load(path)
     kit.make_bank(kit.make_weights([(6, 5)])).save(path)
     whole = path.read_bytes()
+    for changed in (b'"a0", "a0", "a2"', b'"a0", "a1", "a2"'):
+        path.write_bytes(whole.replace(b'\\"a0\\", \\"a1\\", \\"a2\\"', changed.replace(b'"', b'\\"')))
+        if changed.count(b"a0") == 1:
+            fm.AdapterBank.load(path)
+            continue
+        with pytest.raises(errors.FormatError, match="slots"):
+            fm.AdapterBank.load(path)
     for damaged in (whole[: len(whole) // 2], b"not a bank", b""):
         path.write_bytes(damaged)
         with pytest.raises(errors.FormatError, match="load"):

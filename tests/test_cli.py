@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -228,6 +229,18 @@ def test_inspect_against_another_base(made, tmp_path, capsys):
     assert "q_proj" in message
     assert cli.main(["inspect", str(made / "adapters" / "plain"), "--base", str(tmp_path / "none")]) == 1
     assert capsys.readouterr().err.startswith("fusedmerge: inspect: base: ")
+
+
+def test_inspect_misses_what_the_base_shows_to_be_missing(made, tmp_path, capsys):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(made / "adapters" / "plain", adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["target_modules"] = [*config["target_modules"], "lm_head"]
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    assert cli.main(["inspect", str(adapter)]) == 0
+    capsys.readouterr()
+    assert cli.main(["inspect", str(adapter), "--base", str(made / "base")]) == 1
+    assert "target_modules: expected factors for the entry 'lm_head'" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------- doctor

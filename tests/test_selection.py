@@ -87,6 +87,10 @@ NAN, INF = float("nan"), float("inf")
         ([True], None, errors.InvalidTypeError, "bool"),
         ([1.0], None, errors.InvalidTypeError, "float"),
         ([None], None, errors.InvalidTypeError, "NoneType"),
+        ([torch.tensor(1.7)], None, errors.InvalidTypeError, "slot ids"),
+        ([torch.tensor([0, 1])], None, errors.InvalidTypeError, "slot ids"),
+        ([0], [torch.tensor([0.5, 1.0])], errors.InvalidTypeError, "a number"),
+        ("a0", 10**400, errors.InvalidValueError, "finite float32"),
         (torch.tensor([0.0]), None, errors.DtypeError, "expected integers, got torch.float32"),
         (torch.tensor([True]), None, errors.DtypeError, "bool"),
         (torch.tensor([[0]]), None, errors.ShapeError, "one dimension"),
@@ -100,3 +104,13 @@ def test_refusals(bank, adapters, gates, error, message):
     with pytest.raises(error, match=message) as caught:
         parse(bank, adapters, gates)
     assert isinstance(caught.value, errors.FusedMergeError)
+
+
+def test_a_gate_times_its_scaling_must_be_a_float32():
+    weights = kit.make_weights([(6, 5)], torch.float32)
+    bank = kit.make_bank(weights, scaling=100.0)
+    with pytest.raises(errors.InvalidValueError, match="gate of 'a1' times its scaling: expected a finite float32, got 9.99"):
+        parse(bank, {"a0": 1.0, "a1": 1e38}, None)
+    bank.remove("a1")
+    bank.add("a1", {"w0": (torch.ones(1, 5), torch.ones(6, 1))}, 0.5)
+    parse(bank, {"a1": 1e38}, None)

@@ -10,6 +10,7 @@ from torch import nn
 
 import fusedmerge as fm
 from fusedmerge import errors
+from fusedmerge.backend.cpu import Expert, ordered
 from tests import kit
 
 pytestmark = pytest.mark.usefixtures("engine")
@@ -56,13 +57,13 @@ def test_a_lower_matmul_precision_chosen_for_the_model_does_not_reach_the_weight
 
 
 @pytest.mark.parametrize("dtype", kit.DTYPES)
-def test_ten_thousand_switches_leave_no_trace(dtype):
+def test_ten_thousand_switches_leave_no_trace(dtype, engine):
     weights = kit.make_weights([(9, 31), (17, 5)], dtype)
     before, pointers = kit.snapshot(weights), {name: t.data_ptr() for name, t in weights.items()}
     bank = kit.make_bank(weights)
     switcher = fm.Switcher(weights, bank)
     rng = random.Random(0)
-    for _ in range(10_000):
+    for _ in range(300 if engine == "sim" else 10_000):  # the simulator takes milliseconds for what others do in microseconds
         switcher.switch({name: rng.uniform(-1, 1) for name in rng.sample(bank.names, rng.randint(0, 3))})
     last = {"a0": 0.7, "a3": 0.3}
     switcher.switch(last)
@@ -81,6 +82,12 @@ def test_the_order_in_which_a_mixture_is_written_does_not_change_its_bits():
     one = kit.snapshot(weights)
     switcher.switch(["a2", "a1", "a0", "a1"], [-0.1, 0.35, 0.7, 0.35])
     assert kit.snapshot(weights) == one
+
+
+def test_experts_are_added_in_ascending_order_of_their_coefficient():
+    a, b, empty = torch.ones(2, 3), torch.ones(4, 2), torch.ones(0, 3)
+    given = [Expert(a, b, 0.5), Expert(a, b, -0.1), Expert(a, b, 0.0), Expert(empty, b[:, :0], 0.2), Expert(a, b, 0.3)]
+    assert [expert.coefficient for expert in ordered(given)] == [-0.1, 0.3, 0.5]
 
 
 def test_odd_bits_survive():
@@ -288,17 +295,78 @@ def test_a_stale_backward_raises_torch_s_error():
     assert model[0].weight.requires_grad and model[0].weight.is_leaf
 
 
-def test_storage_that_moved_is_refused():
-    model = nn.Linear(5, 6)
+def _replace_module(model):
+    model[0] = nn.Linear(5, 6)
+
+
+def _shrink_storage(model):
+    model[0].weight.untyped_storage().resize_(0)
+
+
+def _transpose(model):
+    model[0].weight.data = model[0].weight.data.t()
+
+
+MOVES = {
+    "half": lambda model: model.half(),
+    "new parameter": lambda model: setattr(model[0], "weight", nn.Parameter(torch.zeros(5, 5))),
+    "new module": _replace_module,
+    "shared memory": lambda model: model.share_memory(),
+    "storage freed": _shrink_storage,
+    "transposed": _transpose,
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_weights_that_moved_are_refused(move):
+    model = nn.Sequential(nn.Linear(5, 5))
     bank = fm.AdapterBank.random(model, 1, 2)
-    for move in (lambda m: m.half(), lambda m: setattr(m, "weight", nn.Parameter(torch.zeros(6, 5)))):
-        moved = nn.Linear(5, 6)
-        switcher = fm.Switcher(moved, bank)
-        switcher.check()
-        move(moved)
-        for call in (lambda: switcher.switch("random_0"), switcher.check, switcher.refresh):  # noqa: B023
-            with pytest.raises(errors.StateError, match="build a new Switcher"):
-                call()
+    switcher = fm.Switcher(model, bank)
+    switcher.switch("random_0")
+    switcher.check()
+    MOVES[move](model)
+    for call in (lambda: switcher.switch({}), switcher.check, switcher.restore):
+        with pytest.raises(errors.StateError, match="build a new Switcher"):
+            call()
+    with pytest.raises(errors.StateError, match="build a new Switcher"):
+        switcher.close()
+    switcher.close()  # freed all the same
+    assert switcher.nbytes == 0
+    bank.remove("random_0")
+
+
+def test_the_mixture_to_come_back_is_kept_in_the_bank():
+    weights = kit.make_weights([(9, 31)])
+    bank = kit.make_bank(weights)
+    switcher = fm.Switcher(weights, bank)
+    switcher.switch("a0")
+    with switcher.switched("a1"), pytest.raises(errors.StateError, match="not active"):
+        bank.remove("a0")
+    switcher.restore()
+    bank.remove("a0")
+
+
+def test_no_other_call_passes_by_an_active_switcher():
+    weights = kit.make_weights([(9, 31)])
+    before = kit.snapshot(weights)
+    bank = kit.make_bank(weights)
+    one, two = fm.Switcher(weights, bank), fm.Switcher(weights, bank)
+    one.switch("a0")
+    merged = kit.snapshot(weights)
+    two.invalidate()
+    for call in (lambda: two.switch("a1"), lambda: two.switch({}), two.refresh, two.restore):
+        with pytest.raises(errors.StateError, match="no other Switcher"):
+            call()
+        assert kit.snapshot(weights) == merged
+    one.restore()
+    two.restore()
+    assert kit.snapshot(weights) == before
+
+
+def test_a_model_with_modules_of_its_own_called_lora_is_no_peft_model():
+    model = nn.Sequential(nn.Linear(5, 6))
+    model[0].lora_A = nn.Parameter(torch.zeros(1, 5))
+    fm.Switcher(model, fm.AdapterBank.random(model, 1, 2, targets=["0.weight"])).switch("random_0")
 
 
 @pytest.mark.parametrize("mode", ["Exact", "", None, 1])

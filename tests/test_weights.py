@@ -8,7 +8,7 @@ from torch import nn
 
 import fusedmerge as fm
 from fusedmerge import errors
-from fusedmerge.weights import canonical_name, check_writable, collect, overlap
+from fusedmerge.weights import Weight, canonical_name, check_writable, collect, overlap
 from tests import kit
 
 
@@ -114,6 +114,19 @@ def _shapes(**tensors):
 def test_weights_that_cannot_be_written(tensor, error, message):
     with pytest.raises(error, match=message):
         check_writable(_shapes(w=tensor), collect({"w": tensor}, "test"), "test")
+
+
+def test_sparse_weights_are_refused():
+    weight = torch.eye(3).to_sparse_csr()
+    with pytest.raises(errors.ShapeError, match="a dense weight"):
+        check_writable({"w": (3, 3)}, {"w": Weight("w", weight, None)}, "test")
+
+
+def test_a_buffer_that_overlaps_a_target_is_seen():
+    model = nn.Linear(4, 4, bias=False)
+    model.register_buffer("view", model.weight.data[:2])
+    with pytest.raises(errors.StateError, match="overlaps view"):
+        fm.Switcher(model, fm.AdapterBank.random(model, 1, 2))
 
 
 def test_missing_and_misshapen_targets():

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from fusedmerge.backend.cpu import Expert, Segment, TorchSwitch, ordered, wide_factors
 from fusedmerge.backend.native import NativeSwitch, add_rows, extension
+from fusedmerge.backend.sim import SimSwitch, library, library_path
 from fusedmerge.errors import BackendError, InvalidValueError
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Adder", "BackendStatus", "Engine", "Segment", "backends", "choose", "make_adder", "make_engine"]
 
-Engine = NativeSwitch | TorchSwitch
+Engine = NativeSwitch | TorchSwitch | SimSwitch
 Adder = Callable[["torch.Tensor", slice], object]
 
 NAMES = ("cpu", "sim", "jit", "aot")
@@ -36,15 +37,29 @@ class BackendStatus:
 
 def backends() -> dict[str, BackendStatus]:
     """What is usable on this machine, and why not: {"cpu": ..., "sim": ..., "jit": ..., "aot": ...}."""
+    return {name: _status(name) for name in NAMES}
+
+
+def _status(name: str) -> BackendStatus:
+    if name not in ("cpu", "sim"):
+        return BackendStatus(False, _UNBUILT)
     try:
         import torch
     except Exception as error:  # a broken install raises OSError and more
-        cpu = BackendStatus(False, f"torch cannot be imported: {error}")
-    else:
-        native = extension()
-        kernel = f"compiled kernel ({native.isa()})" if native else "torch's GEMM (the extension is not built)"
-        cpu = BackendStatus(True, f"{kernel}, torch {torch.__version__}, {torch.get_num_threads()} threads")
-    return {"cpu": cpu, **{name: BackendStatus(False, _UNBUILT) for name in NAMES[1:]}}
+        return BackendStatus(False, f"torch cannot be imported: {error}")
+    if name == "sim":
+        return _sim_status()
+    native = extension()
+    kernel = f"compiled kernel ({native.isa()})" if native else "torch's GEMM (the extension is not built)"
+    return BackendStatus(True, f"{kernel}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+
+
+def _sim_status() -> BackendStatus:
+    try:
+        library()
+    except BackendError as error:
+        return BackendStatus(False, str(error.got))
+    return BackendStatus(True, f"the CUDA kernels on the host simulator, {library_path()}")
 
 
 def choose(device: torch.device, operation: str) -> str:
@@ -54,16 +69,18 @@ def choose(device: torch.device, operation: str) -> str:
         raise BackendError(operation, "device", "cpu or cuda", device)
     if name not in NAMES:
         raise InvalidValueError(operation, "FUSEDMERGE_BACKEND", f"one of {', '.join(NAMES)}", name)
-    status = backends()[name]
+    status = _status(name)
     if not status:
         raise BackendError(operation, f'backend "{name}" for {device}', "a usable backend", status.reason)
-    if name == "cpu" and device.type != "cpu":
-        raise BackendError(operation, 'backend "cpu"', "weights on the CPU", device)
+    if name in ("cpu", "sim") and device.type != "cpu":
+        raise BackendError(operation, f'backend "{name}"', "weights on the CPU", device)
     return name
 
 
-def make_engine(segments: Sequence[Segment]) -> Engine:
-    """What runs one Switcher's switches: the compiled kernel, or torch where it was not built."""
+def make_engine(name: str, segments: Sequence[Segment]) -> Engine:
+    """What runs one Switcher's switches on the backend that `choose` named. cpu: the compiled kernel, or torch where it was not built."""
+    if name == "sim":
+        return SimSwitch(segments)
     return NativeSwitch(segments) if extension() else TorchSwitch(segments)
 
 

@@ -58,7 +58,7 @@ class Segment:
     def experts(self, mixture: Mixture) -> list[Expert]:
         """The mixture's experts on this target, `ordered`."""
         f = self.factors
-        ranked = [(slot, f.ranks[slot], gate * f.scaling[slot].item()) for slot, gate in mixture]
+        ranked = [(slot, f.ranks[slot], gate * f.scalings[slot]) for slot, gate in mixture]
         return ordered(Expert(f.a[slot, :rank], f.b[slot, :, :rank], coefficient) for slot, rank, coefficient in ranked)
 
 

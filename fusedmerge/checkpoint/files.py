@@ -22,6 +22,7 @@ __all__ = ["RECORD", "Base", "Partial", "check_destination", "open_base", "os_er
 RECORD = "fusedmerge.json"  # what a merged checkpoint was made of
 _OP = "merge"
 _STEMS = ("model", "diffusion_pytorch_model")  # transformers, diffusers
+CARRIED_DIRECTORIES = ("additional_chat_templates",)  # of a tokenizer; others (other formats' weights, say) are left out
 _MANIFEST = "manifest.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".tflite", ".index.json", ".tmp")
 
@@ -137,7 +138,13 @@ def check_destination(out: str | os.PathLike[str], base: Path, adapters: list[Pa
 
 
 def _replaceable(path: Path) -> bool:
-    return path.is_dir() and ((path / "config.json").is_file() or not any(path.iterdir()))
+    """An empty directory, an older merge, or files of a checkpoint and nothing below them."""
+    if not path.is_dir():
+        return False
+    inside = list(path.iterdir())
+    weights = any(entry.suffix == ".safetensors" for entry in inside)
+    flat = not any(entry.is_dir() and entry.name not in CARRIED_DIRECTORIES for entry in inside)
+    return not inside or ((path / "config.json").is_file() and weights and flat) or (path / RECORD).is_file()
 
 
 def _aside(out: Path) -> Path:
@@ -233,6 +240,9 @@ class Partial:
         """Everything but the weights and the configuration: the base's other files, the index, and the record of the mixture."""
         for path in base.carried():
             shutil.copy2(path, self.path / path.name)
+        for name in CARRIED_DIRECTORIES:
+            if (base.directory / name).is_dir():
+                shutil.copytree(base.directory / name, self.path / name, dirs_exist_ok=True)
         write_json(self.path / RECORD, record)
         if base.index is not None:
             weight_map = {name: shard for shard, layouts in shards.items() for name, _, _ in layouts}

@@ -29,8 +29,10 @@ from fusedmerge.backend.cpu import BLOCK_ELEMENTS, Expert, exact_products, row_b
 from fusedmerge.checkpoint.files import Base, Partial, check_destination, json_bytes, open_base, os_errors
 from fusedmerge.checkpoint.names import Match, NameMap, describe
 from fusedmerge.checkpoint.stream import Entry, Header, Layout, StreamWriter, itemsize, read_chunks, read_into, torch_dtype
-from fusedmerge.errors import DeviceError, DtypeError, FormatError, InvalidTypeError, InvalidValueError
+from fusedmerge.checks import usable_device
+from fusedmerge.errors import DtypeError, FormatError, InvalidTypeError, InvalidValueError
 from fusedmerge.formats.lora import Adapter
+from fusedmerge.staging import check_complete
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +81,7 @@ def merge_checkpoint(
     overflow and a file that changes meanwhile before anything is written.
     """
     target_dtype = _check_dtype(dtype)
-    where = _check_device(device)
+    where = usable_device(device, _OP)
     source = open_base(base)
     gates = _check_gates(adapters)
     destination = check_destination(out, source.directory, list(gates), overwrite)
@@ -112,19 +114,6 @@ def _check_dtype(dtype: torch.dtype | str | None) -> str | None:
     if name is not None and name not in _DTYPES:
         raise DtypeError(_OP, "dtype", f"{', '.join(_DTYPES)} or None", dtype)
     return name
-
-
-def _check_device(device: torch.device | str) -> torch.device:
-    import torch
-
-    try:
-        where = torch.device(device)
-        torch.empty(1, device=where)
-    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
-        raise DeviceError(_OP, "device", "a device that torch can use here", f"{device!r} ({str(error).splitlines()[0]})") from error
-    if where.type == "meta":
-        raise DeviceError(_OP, "device", "a device that computes", "meta")
-    return where
 
 
 def _check_gates(adapters: Sequence[tuple[str | os.PathLike[str], float]]) -> dict[Path, float]:
@@ -196,6 +185,7 @@ def _plan(base: Base, members: Sequence[_Member]) -> dict[str, list[Expert]]:
     jobs: dict[str, list[Expert]] = {}
     for member in members:
         adapter = member.adapter
+        check_complete(adapter, tensors, _OP)
         for target, match in names.find(adapter.targets, adapter.name, _OP).items():
             jobs.setdefault(match.disk, []).append(_expert(member, target, match, tensors[match.disk]))
         for name, carried in adapter.base_weights.items():

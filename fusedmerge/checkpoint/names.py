@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fusedmerge.checks import shorten
 from fusedmerge.errors import FormatError, StateError, UnknownNameError
 from fusedmerge.weights import canonical_name
 
@@ -161,10 +162,9 @@ class NameMap:
             if other != target:
                 raise FormatError(operation, what, "a tensor of its own", f"{matches[0].disk}, which is also {other}")
         if missing:
-            shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
             made = any(name in self._made for target in missing for name in self._spellings(target))
             why = " (transformers makes that weight from other tensors as it loads them)" if made else ""
-            raise UnknownNameError(operation, f'adapter "{adapter}": targets', "tensors of the checkpoint", f"no {shown}{why}")
+            raise UnknownNameError(operation, f'adapter "{adapter}": targets', "tensors of the checkpoint", f"no {shorten(missing)}{why}")
         return found
 
     def carried(self, name: str) -> str | None:

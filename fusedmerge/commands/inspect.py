@@ -186,12 +186,14 @@ def _base_tensors(directory: Path, adapter: Adapter) -> Iterator[tuple[str, torc
 
     from fusedmerge.checkpoint.files import open_base
     from fusedmerge.checkpoint.names import NameMap, describe
+    from fusedmerge.staging import check_complete
 
     try:
         base = open_base(directory)
     except FusedMergeError as error:
         error.operation = _OP
         raise
+    check_complete(adapter, base.tensors, _OP)
     names = NameMap(base.tensors, base.config, describe(base.directory, base.config, list(base.tensors)))
     matches = names.find(adapter.targets, adapter.name, _OP)
     for shard, header in base.shards.items():

@@ -7,10 +7,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fusedmerge.checks import shorten
 from fusedmerge.errors import FormatError
 from fusedmerge.formats.lora import Adapter, Factors
 from fusedmerge.formats.peft_config import LoraRule, check_fields, flag
-from fusedmerge.formats.tensors import adapter_directory, check_matrix, make_factors, read_config, read_tensors, shorten
+from fusedmerge.formats.tensors import adapter_directory, check_matrix, make_factors, read_config, read_tensors
 
 if TYPE_CHECKING:
     import torch

@@ -10,11 +10,12 @@ import re
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
+from fusedmerge.checks import shorten
 from fusedmerge.errors import FormatError
 from fusedmerge.formats.lora import Adapter
 from fusedmerge.formats.moe import layout_of
 from fusedmerge.formats.peft_config import LoraRule, check_fields, flag
-from fusedmerge.formats.tensors import adapter_directory, make_factors, read_config, read_tensors, shorten
+from fusedmerge.formats.tensors import adapter_directory, make_factors, read_config, read_tensors
 from fusedmerge.weights import canonical_name
 
 if TYPE_CHECKING:

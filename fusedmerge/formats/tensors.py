@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,19 +20,11 @@ if TYPE_CHECKING:
     PathLike = str | os.PathLike[str]
     Sides = Mapping[str, tuple[str, torch.Tensor]]  # "A" and "B" -> the tensor's name in its file, the tensor
 
-__all__ = ["adapter_directory", "check_matrix", "make_factors", "read_config", "read_tensors", "shorten"]
+__all__ = ["adapter_directory", "check_matrix", "make_factors", "read_config", "read_tensors"]
 
 _CONFIG = "adapter_config.json"
 _SAFETENSORS = "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
-_SHOWN = 5
-
-
-def shorten(names: Collection[str]) -> str:
-    """The first five of `names`, and how many more there are."""
-    ordered = sorted(names)
-    rest = len(ordered) - _SHOWN
-    return ", ".join(ordered[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def adapter_directory(directory: PathLike, operation: str) -> tuple[Path, str]:

@@ -204,3 +204,20 @@ def test_writer_is_readable_by_safetensors_and_aligned(tmp_path):
     with pytest.raises(AssertionError, match="were not written"), StreamWriter(tmp_path / "y", layouts, {}):
         pass
     assert not (tmp_path / "y").exists()
+
+
+def test_an_adapter_with_parts_missing_is_refused(llama, tmp_path):
+    adapter = q0_adapter(tmp_path / "a", target_modules=["q_proj", "v_proj"])
+    with pytest.raises(errors.FormatError, match=r"target_modules: expected factors for the entry 'v_proj'"):
+        merge_checkpoint(llama, [(adapter, 1.0)], tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_overwrite_spares_whatever_is_no_checkpoint(llama, adapters, tmp_path):
+    project = tmp_path / "project"
+    (project / "src").mkdir(parents=True)
+    (project / "config.json").write_text("{}")
+    (project / "src" / "precious.py").write_text("")
+    with pytest.raises(errors.InvalidValueError, match="which is neither"):
+        merge_checkpoint(llama, [(adapters["math"], 1.0)], project, overwrite=True, progress=False)
+    assert (project / "src" / "precious.py").exists()

@@ -214,6 +214,16 @@ def test_mixture_is_recorded(sharded, adapters, mixture, tmp_path, capfd):
     assert "merge: 100%" in err and not out
 
 
+def test_a_tokenizer_s_chat_templates_are_carried_over(llama, adapters, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(llama, base)
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    merge_checkpoint(base, [(adapters["math"], 1.0)], tmp_path / "out", progress=False)
+    assert (tmp_path / "out" / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ tools }}"
+    merge_checkpoint(base, [(adapters["math"], 0.5)], tmp_path / "out", overwrite=True, progress=False)
+
+
 def test_what_is_carried_over(llama, tmp_path):
     base = shutil.copytree(llama, tmp_path / "base")
     (base / "pytorch_model.bin").write_bytes(b"stale")

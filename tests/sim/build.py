@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 SIM = Path(__file__).resolve().parent
 UNITS = [SIM / "interface.cpp", SIM / "simulator.cpp", SIM / "numbers.cpp", SIM / "faults.cpp", ROOT / "cuda/src/plan.cpp"]
+PACKAGE = ROOT / "fusedmerge/__init__.py"
 FLAGS = ["-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-Wall", "-Wextra", "-U_FORTIFY_SOURCE", "-fvisibility=default"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1", "-O1"]
 
@@ -29,12 +31,17 @@ def sources(root: Path = ROOT) -> list[Path]:
     return [*found, *(root / unit.relative_to(ROOT) for unit in UNITS)]
 
 
+def version() -> str:
+    """The package's, read and not imported: a build needs no installation."""
+    return re.findall(r'^__version__ = "(.+)"$', PACKAGE.read_text(), re.MULTILINE)[0]
+
+
 def library(sanitize: bool = False) -> Path:
     return ROOT / "build/sim" / ("libfusedmerge_sim_asan.so" if sanitize else "libfusedmerge_sim.so")
 
 
 def is_stale(target: Path) -> bool:
-    return not target.exists() or any(source.stat().st_mtime > target.stat().st_mtime for source in [*sources(), Path(__file__)])
+    return not target.exists() or any(source.stat().st_mtime > target.stat().st_mtime for source in [*sources(), Path(__file__), PACKAGE])
 
 
 def compile_library(target: Path, root: Path = ROOT, extra: list[str] | None = None, reuse: Mapping[str, Path] | None = None) -> Path:
@@ -42,13 +49,14 @@ def compile_library(target: Path, root: Path = ROOT, extra: list[str] | None = N
     target.parent.mkdir(parents=True, exist_ok=True)
     compiler = shlex.split(os.environ.get("CXX", "g++"))
     includes = [f"-I{root / 'cuda/include'}", f"-I{root / 'cuda/src'}", f"-I{root / 'tests/sim'}"]
+    stated = f'-DFUSEDMERGE_VERSION="{version()}"'
     scratch = target.with_suffix(f".{os.getpid()}")
 
     def compile_unit(unit: Path) -> Path:
         if reuse and unit.stem in reuse:
             return reuse[unit.stem]
         output = scratch.with_name(f"{scratch.name}.{unit.stem}.o")
-        command = [*compiler, *FLAGS, *(extra or []), *includes, "-c", str(root / unit.relative_to(ROOT)), "-o", str(output)]
+        command = [*compiler, *FLAGS, stated, *(extra or []), *includes, "-c", str(root / unit.relative_to(ROOT)), "-o", str(output)]
         subprocess.run(command, check=True)
         return output
 

@@ -13,60 +13,18 @@ from pathlib import Path
 
 import numpy as np
 
-BF16, FP16, FLOAT32, FP8 = 0, 1, 2, 3
-MAX_SLOTS = 32
+from fusedmerge.backend.params import BAD_GATE, BAD_ID, BF16, FLOAT32, FP8, FP16, MAX_SLOTS, NON_FINITE, PlanRequest, PlanResult
+from fusedmerge.backend.params import SimOptions as Options
+from fusedmerge.backend.params import SwitchParams as Params
+from fusedmerge.backend.params import SwitchSegment as Segment
+from fusedmerge.backend.params import SwitchState as State
+
+__all__ = ["BAD_GATE", "BAD_ID", "NON_FINITE"]  # for the tests, which take all names from here
+
 STORAGE = {BF16: np.uint16, FP16: np.uint16, FLOAT32: np.float32, FP8: np.uint8}
 FRACTION_BITS = {BF16: 7, FP16: 10, FLOAT32: 23}
 SMALLEST_EXPONENT = {BF16: -126, FP16: -14, FLOAT32: -126}
-BAD_ID, BAD_GATE, NON_FINITE = 1, 2, 4
-
-_P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong
-
-
-class Segment(ctypes.Structure):
-    _fields_ = [
-        *((name, _P) for name in ("live", "source", "a", "b", "scaling", "ranks", "source_scale")),
-        *((name, _L) for name in ("live_stride", "source_stride", "a_adapter_stride", "a_row_stride", "b_adapter_stride", "b_row_stride")),
-        *((name, _L) for name in ("scale_stride", "first_unit")),
-        *((name, _I) for name in ("rows", "cols", "rank", "scale_row_shift", "scale_col_shift", "unit_rows", "flags", "reserved")),
-    ]
-
-
-class State(ctypes.Structure):
-    _fields_ = [
-        *((name, _I) for name in ("valid", "num_last", "ticket", "status")),
-        ("last_ids", _I * MAX_SLOTS),
-        ("last_gates", ctypes.c_float * MAX_SLOTS),
-    ]
-
-
-class Params(ctypes.Structure):
-    _fields_ = [
-        *((name, _P) for name in ("segments", "state", "ids", "gates")),
-        ("num_units", _L),
-        *((name, _I) for name in ("num_segments", "num_slots", "num_adapters", "inplace", "check_finite", "resident_chunks")),
-    ]
-
-
-class PlanRequest(ctypes.Structure):
-    _fields_ = [
-        *((name, _I) for name in ("live", "source", "factor", "inplace", "num_segments", "num_adapters", "num_slots")),
-        *((name, _I) for name in ("num_multiprocessors", "shared_bytes_limit", "unit_rows")),
-    ]
-
-
-class PlanResult(ctypes.Structure):
-    _fields_ = [
-        *((name, _L) for name in ("num_units", "live_bytes", "source_bytes", "adapter_bytes", "bank_bytes", "table_bytes")),
-        *((name, _I) for name in ("grid", "shared_bytes", "resident_chunks")),
-        ("error", ctypes.c_char * 256),
-    ]
-
-
-class Options(ctypes.Structure):
-    """thread_order: 0 forward, 1 reverse, 2 shuffled; tensor_core: 0 A100, 1 H100; async_copies: 0 late, 1 early, 2 random."""
-
-    _fields_ = [*((name, _I) for name in ("thread_order", "tensor_core", "async_copies", "resident_blocks")), ("seed", ctypes.c_uint)]
+_P, _I = ctypes.c_void_p, ctypes.c_int
 
 
 def options(thread_order: int = 0, tensor_core: int = 1, async_copies: int = 0, resident_blocks: int = 2, seed: int = 1) -> Options:

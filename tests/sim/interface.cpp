@@ -1,4 +1,4 @@
-// The simulator library's C interface: plan a switch, run it, ask for struct layouts. Pointers are host pointers.
+// The simulator library's C interface: plan a switch, run it, ask for version and struct layouts. Pointers are host pointers.
 #include <cstddef>
 #include <string>
 
@@ -11,6 +11,8 @@ using namespace fusedmerge;
 
 static_assert(kSwitchSharedBytes<Bf16> == kMmaSharedBytes && kSwitchSharedBytes<float> == kSimtSharedBytes, "plan.h states another size");
 static_assert(kResidentExtraBytes == kMmaResidentExtraBytes, "plan.h states another size");
+
+using SimOptions = sim::Options;
 
 thread_local std::string last_error;
 
@@ -96,10 +98,14 @@ float fm_sim_fp16(float x) { return sim::fp16_to_float(sim::float_to_fp16(x)); }
 unsigned fm_sim_bf16(float x) { return sim::float_to_bf16(x); }
 float fm_sim_fp8(unsigned bits) { return widen_fp8(bits); }
 
-// "Struct.field offset size" lines, for the equality test with Python.
-const char* fm_sim_layout() {
+// The package's version that this library was built for (fusedmerge/backend/sim.py compares it, and the layouts, with its own).
+const char* fm_sim_version() { return FUSEDMERGE_VERSION; }
+
 #define FIELD(type, field) \
     text += #type "." #field " " + std::to_string(offsetof(type, field)) + " " + std::to_string(sizeof(type::field)) + "\n"
+
+// "Struct.field offset size" lines for what the kernels read, for the equality test with Python.
+const char* fm_sim_layout() {
     static const std::string layout = [] {
         std::string text;
         FIELD(SwitchSegment, live);
@@ -144,8 +150,42 @@ const char* fm_sim_layout() {
         FIELD(SwitchParams, resident_chunks);
         return text;
     }();
-#undef FIELD
     return layout.c_str();
 }
+
+// The same for what the planner and the simulator read.
+const char* fm_sim_host_layout() {
+    static const std::string layout = [] {
+        std::string text;
+        FIELD(PlanRequest, live);
+        FIELD(PlanRequest, source);
+        FIELD(PlanRequest, factor);
+        FIELD(PlanRequest, inplace);
+        FIELD(PlanRequest, num_segments);
+        FIELD(PlanRequest, num_adapters);
+        FIELD(PlanRequest, num_slots);
+        FIELD(PlanRequest, num_multiprocessors);
+        FIELD(PlanRequest, shared_bytes_limit);
+        FIELD(PlanRequest, unit_rows);
+        FIELD(PlanResult, num_units);
+        FIELD(PlanResult, live_bytes);
+        FIELD(PlanResult, source_bytes);
+        FIELD(PlanResult, adapter_bytes);
+        FIELD(PlanResult, bank_bytes);
+        FIELD(PlanResult, table_bytes);
+        FIELD(PlanResult, grid);
+        FIELD(PlanResult, shared_bytes);
+        FIELD(PlanResult, resident_chunks);
+        FIELD(PlanResult, error);
+        FIELD(SimOptions, thread_order);
+        FIELD(SimOptions, tensor_core);
+        FIELD(SimOptions, async_copies);
+        FIELD(SimOptions, resident_blocks);
+        FIELD(SimOptions, seed);
+        return text;
+    }();
+    return layout.c_str();
+}
+#undef FIELD
 
 }  // extern "C"

@@ -1,0 +1,47 @@
+// The bytes that host, device and Python agree on. Included where g++ compiles and where nvcc does, in its passes for host and device.
+#pragma once
+
+#include <cstddef>
+
+#include "fusedmerge/fusedmerge.h"
+#include "fusedmerge/kernel/params.cuh"
+
+namespace fusedmerge {
+
+#define FM_AT(type, field, offset) static_assert(offsetof(type, field) == (offset), #type "." #field " moved")
+
+static_assert(sizeof(SwitchSegment) == 152 && alignof(SwitchSegment) == 8, "SwitchSegment has another size");
+FM_AT(SwitchSegment, live_stride, 56);
+FM_AT(SwitchSegment, first_unit, 112);
+FM_AT(SwitchSegment, rows, 120);
+FM_AT(SwitchSegment, flags, 144);
+
+static_assert(sizeof(SwitchState) == 272 && alignof(SwitchState) == 4, "SwitchState has another size");
+FM_AT(SwitchState, valid, 0);
+FM_AT(SwitchState, num_last, 4);
+FM_AT(SwitchState, status, 12);
+FM_AT(SwitchState, last_ids, 16);
+FM_AT(SwitchState, last_gates, 144);
+
+static_assert(sizeof(SwitchParams) == 64 && alignof(SwitchParams) == 8, "SwitchParams has another size");
+FM_AT(SwitchParams, num_units, 32);
+FM_AT(SwitchParams, resident_chunks, 60);
+
+// The C API's own: what a program that was compiled against an earlier header of this version hands over.
+static_assert(sizeof(fusedmerge_switch_target) == 136, "fusedmerge_switch_target has another size");
+FM_AT(fusedmerge_switch_target, live_stride, 56);
+FM_AT(fusedmerge_switch_target, rows, 112);
+static_assert(sizeof(fusedmerge_switch_options) == 56, "fusedmerge_switch_options has another size");
+FM_AT(fusedmerge_switch_options, mode, 16);
+FM_AT(fusedmerge_switch_options, device, 48);
+static_assert(sizeof(fusedmerge_switch_figures) == 56, "fusedmerge_switch_figures has another size");
+static_assert(sizeof(fusedmerge_switch_state) == 268, "fusedmerge_switch_state has another size");
+
+#undef FM_AT
+
+static_assert(FUSEDMERGE_MAX_SLOTS == kMaxSlots && FUSEDMERGE_RANK_STEP == kRankStep, "the C API states another limit");
+static_assert(+FUSEDMERGE_STATE_BAD_ID == +kStatusBadId && +FUSEDMERGE_STATE_BAD_GATE == +kStatusBadGate &&
+                  +FUSEDMERGE_STATE_NON_FINITE == +kStatusNonFinite,
+              "the C API names other flags");
+
+}  // namespace fusedmerge
