@@ -47,7 +47,7 @@ bench: $(STAMP)
 	$(PY) -m fusedmerge bench
 
 # cmake comes from PATH, or from pip.
-CMAKE ?= $(or $(shell command -v cmake),$(BIN)cmake)
+CMAKE ?= $(or $(shell command -v cmake 2>/dev/null),$(BIN)cmake)
 
 cpp: $(filter $(VENV)/bin/cmake,$(CMAKE))
 	$(CMAKE) --preset release

@@ -94,7 +94,6 @@ class Switcher:
         finally:
             if self._engine is not None:
                 self._set(mixture, before, "switched")
-            self.bank.pin(hold, frozenset())
 
     @property
     def active(self) -> Named:
@@ -201,7 +200,7 @@ def _warn_of_live_adapters(weights: Weights) -> None:
 
 
 class _Hold:
-    """Owner of a `switched` block's pins."""
+    """Owner of a `switched` block's pins, which go with it when the block's frame does."""
 
 
 def _check_factors(bank: AdapterBank, live: dict[str, torch.Tensor], found: dict[str, Weight], operation: str) -> None:

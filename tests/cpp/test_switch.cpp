@@ -54,8 +54,8 @@ struct Target {
         for (uint8_t& value : base8) value = static_cast<uint8_t>((random() & 0x87) | (4 + random() % 4) << 3);
         scale.resize(static_cast<size_t>(rows));
         for (float& value : scale) value = 0.05f + 0.01f * std::fabs(normal(random));
-        for (int row = 0; row < rows; ++row) {  // adapter 1 has rank 16: what is padded is zero
-            for (int k = 16; k < kRank; ++k) b[(static_cast<size_t>(rows) + row) * kRank + k] = 0;
+        for (int row = 0; row < rows; ++row) {  // adapter 1 has rank 16: what lies behind must not be added
+            for (int k = 16; k < kRank; ++k) b[(static_cast<size_t>(rows) + row) * kRank + k] = narrow(3.0f);
         }
     }
 
@@ -94,7 +94,7 @@ struct Target {
             for (int col = 0; col < cols; ++col) {
                 double truth = base_value(row, col, fp8), size = std::fabs(truth);
                 for (int id = 0; id < kAdapters; ++id) {
-                    for (int k = 0; gates[id] != 0.0 && k < kRank; ++k) {
+                    for (int k = 0; gates[id] != 0.0 && k < ranks[id]; ++k) {
                         double term = gates[id] * scaling[id] * widen(b[(static_cast<size_t>(id) * rows + row) * kRank + k]) *
                                       widen(a[(static_cast<size_t>(id) * kRank + k) * cols + col]);
                         truth += term;
