@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusedmerge.backend import Engine, Segment, choose, make_engine
 from fusedmerge.bank import AdapterBank
-from fusedmerge.errors import DeviceError, DtypeError, InvalidTypeError, InvalidValueError, ShapeError, StateError
+from fusedmerge.errors import DeviceError, DtypeError, FusedMergeError, InvalidTypeError, InvalidValueError, ShapeError, StateError
 from fusedmerge.memory import require_memory
 from fusedmerge.placement import Placement
 from fusedmerge.selection import Mixture, Named, parse
@@ -168,8 +168,14 @@ class Switcher:
             self._check_unshared(operation)
         kept = {} if held is None else {held: self._labels[held]}
         self._labels = {(): (), **kept, mixture: named}
-        self.bank.pin(self, self.bank.pinned(self) | {slot for slot, _ in mixture})
-        engine.apply(mixture)
+        pinned = self.bank.pinned(self)
+        self.bank.pin(self, pinned | {slot for slot, _ in mixture})
+        try:
+            engine.apply(mixture)
+        except FusedMergeError:
+            if engine.mixture == held:  # refused before anything was changed
+                self.bank.pin(self, pinned)
+            raise
         self._forced = False
         self.bank.pin(self, frozenset(slot for slot, _ in mixture))
 

@@ -78,9 +78,9 @@ def run(mutant: Mutant, place: Path, snapshot: Path, objects: dict[str, Path]) -
         done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=300)
     except subprocess.TimeoutExpired:
         return "(did not end)"
-    if done.returncode in UNTESTED:
+    if done.returncode in UNTESTED or re.search(r"^ERROR ", done.stdout, re.MULTILINE):  # an error outside a test catches nothing
         raise RuntimeError(f"mutants: the suite did not run:\n{done.stdout}")
-    failed = re.search(r"^(?:FAILED|ERROR) \S+::(\S+)", done.stdout, re.MULTILINE)
+    failed = re.search(r"^FAILED \S+::(\S+)", done.stdout, re.MULTILINE)
     return failed[1] if failed else None if done.returncode == 0 else f"(pytest ended with {done.returncode})"
 
 
@@ -98,7 +98,8 @@ def main() -> int:
         snapshot = Path(scratch) / "snapshot"  # so that edits made meanwhile change nothing
         for folder in ("cuda", "tests/sim"):
             shutil.copytree(build.ROOT / folder, snapshot / folder)
-        shutil.copy(build.ROOT / SUITE, snapshot / SUITE)
+        for file in (SUITE, "tests/conftest.py"):
+            shutil.copy(build.ROOT / file, snapshot / file)
         objects = compile_shared_units(Path(scratch))
 
         def judge(item: tuple[int, Mutant]) -> bool:
