@@ -4,6 +4,7 @@
 #   make lint       ruff, mypy, clang-format
 #   make bench      the benchmarks in perf/
 #   make cpp        the C++ library: build, test, install, and a program that uses it; without nvcc, what can be built without it
+#   make gpu        on a machine with a GPU: make cpp, and the program's GPU part under compute-sanitizer
 # PYTHON=      the interpreter to start from
 # VENV=        the environment to install into; none: the current one as it is (no pins, nothing downloaded)
 # TORCH_INDEX= the package index to take torch from
@@ -25,7 +26,7 @@ endif
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --maxprocesses 4 --benchmark-disable
 CPP_FILES := $(shell find $(wildcard python cuda tests examples) -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-fast lint bench cpp clean
+.PHONY: demo test test-fast lint bench cpp clean gpu
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -57,6 +58,13 @@ cpp: $(filter $(VENV)/bin/cmake,$(CMAKE))
 	$(CMAKE) -S examples/cpp -B build/cpp/example -DCMAKE_PREFIX_PATH=$(CURDIR)/build/cpp/prefix
 	$(CMAKE) --build build/cpp/example
 	build/cpp/example/mixture
+
+gpu:
+	@nvidia-smi -L || { echo "make gpu: no NVIDIA GPU here" >&2; exit 1; }
+	$(MAKE) cpp
+	build/cpp/example/mixture > build/cpp/gpu.txt; cat build/cpp/gpu.txt
+	@grep -q "GPU part: .* 0 wrong weights" build/cpp/gpu.txt || { echo "make gpu: the GPU part did not run, or is wrong" >&2; exit 1; }
+	for tool in memcheck racecheck synccheck initcheck; do compute-sanitizer --tool $$tool --error-exitcode 1 build/cpp/example/mixture || exit 1; done
 
 $(VENV)/bin/cmake:
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)

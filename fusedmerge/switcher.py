@@ -154,8 +154,9 @@ class Switcher:
         return sum(s.base.nbytes for s in self._segments if s.base is not None)
 
     def __repr__(self) -> str:
-        state = "closed" if self._engine is None else self._labels.get(self._engine.mixture or (), "interrupted")
-        return f"Switcher({len(self._live)} targets, mode={self.mode!r}, active={state})"
+        held = () if self._engine is None else self._engine.mixture
+        state = "closed" if self._engine is None else "interrupted" if held is None else f"active={self._labels[held]}"
+        return f"Switcher({len(self._live)} targets, mode={self.mode!r}, {state})"
 
     # ------------------------------------------------------------------ steps
 

@@ -55,6 +55,7 @@ def test_interruption_is_repaired(interrupted, monkeypatch, mode, after, at, rep
     with pytest.raises(KeyboardInterrupt):
         switcher.switch(second)
     monkeypatch.setattr(cpu, "merge_rows", MERGE_ROWS)
+    assert "interrupted" in repr(switcher)
     for call in (lambda: switcher.active, switcher.check, switcher.refresh):
         with pytest.raises(errors.StateError, match="interrupted"):
             call()
