@@ -6,6 +6,8 @@ Importing this package needs numpy only; torch, CuPy and the compiled extension 
 from __future__ import annotations
 
 import importlib
+import logging
+import os
 from typing import TYPE_CHECKING
 
 from fusedmerge.errors import FusedMergeError
@@ -20,6 +22,20 @@ __version__ = "0.1.0"
 _LAZY = {"AdapterBank": "fusedmerge.bank", "Switcher": "fusedmerge.switcher", "backends": "fusedmerge.backend"}
 
 __all__ = ["FusedMergeError", "__version__", *_LAZY]  # noqa: PLE0604
+
+
+def _log_as_asked() -> None:
+    """FUSEDMERGE_LOGLEVEL=DEBUG|INFO|WARNING|ERROR: what this package logs from there on goes to stderr. Unset: as the program has it."""
+    level = os.environ.get("FUSEDMERGE_LOGLEVEL", "").upper()
+    if level in ("DEBUG", "INFO", "WARNING", "ERROR"):
+        logger, handler = logging.getLogger(__name__), logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = False
+
+
+_log_as_asked()
 
 
 def __getattr__(name: str) -> object:

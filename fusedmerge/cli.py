@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -23,8 +22,6 @@ EXTRAS = {"transformers": "demo", "peft": "demo", "matplotlib": "demo", "pytest"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status. Usage errors leave through argparse's SystemExit(2)."""
     parsed = _parser().parse_args(arguments)
-    level = os.environ.get("FUSEDMERGE_LOGLEVEL", "").upper()
-    logging.basicConfig(level=level if level in ("DEBUG", "INFO", "WARNING", "ERROR") else "WARNING", format="%(name)s: %(message)s")
     try:
         return int(parsed.run(parsed))
     except BrokenPipeError:  # `fusedmerge ... | head`

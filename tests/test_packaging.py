@@ -6,6 +6,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -64,3 +65,12 @@ def test_constraints_pin_torch_and_the_tools_alike() -> None:
         name, _, version = re.match(r"([\w-]+)(==)?([\w.]+)?", requirement).groups()
         if version and name in pins:
             assert pins[name] == version, requirement
+
+
+def test_the_log_level_is_taken_from_the_environment():
+    script = "import torch, fusedmerge as fm; fm.AdapterBank.random({'w': torch.zeros(4, 4).bfloat16() + 1}, 1, 2)"
+    for level, heard in (("INFO", True), ("error", False), ("", False)):
+        done = subprocess.run(
+            [sys.executable, "-c", script], env={**os.environ, "FUSEDMERGE_LOGLEVEL": level}, check=True, capture_output=True, text=True
+        )
+        assert ("narrowing its factors" in done.stderr) == heard
