@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from fusedmerge.errors import DeviceError
+from fusedmerge.errors import DeviceError, FormatError, MissingFileError
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["shorten", "to_float32", "usable_device"]
+__all__ = ["read_json", "shorten", "to_float32", "usable_device"]
 
 _SHOWN = 5
+
+
+def read_json(path: Path, operation: str) -> dict[str, Any]:
+    """A file's JSON object. Raises MissingFileError, or FormatError for anything else."""
+    if not path.is_file():
+        raise MissingFileError(operation, str(path.parent), f"a file {path.name}", "none")
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise FormatError(operation, str(path), "valid JSON", error) from error
+    if not isinstance(content, dict):
+        raise FormatError(operation, str(path), "a JSON object", f"a JSON {type(content).__name__}")
+    return content
 
 
 def shorten(names: Collection[str]) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusedmerge.checkpoint.stream import Entry, Header, Layout, read_header
+from fusedmerge.checks import read_json
 from fusedmerge.errors import FormatError, InvalidValueError, MissingFileError, StateError
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def open_base(directory: str | os.PathLike[str]) -> Base:
         raise MissingFileError(_OP, "base", "a checkpoint directory on this machine", f"{str(path)!r}, which is not one")
     if (path / "adapter_config.json").is_file():
         raise FormatError(_OP, str(path), "a whole checkpoint", "one with an adapter (adapter_config.json), which would be applied on top")
-    config = _read_json(path / "config.json")
+    config = read_json(path / "config.json", _OP)
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         if part.get("quantization_config") or part.get("compression_config"):
             expected = "a plain checkpoint (merge into the unquantised base)"
@@ -80,20 +81,8 @@ def open_base(directory: str | os.PathLike[str]) -> Base:
     raise MissingFileError(_OP, str(path), "model.safetensors or model.safetensors.index.json", "neither")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise MissingFileError(_OP, str(path.parent), f"a file {path.name}", "none")
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise FormatError(_OP, str(path), "valid JSON", error) from error
-    if not isinstance(content, dict):
-        raise FormatError(_OP, str(path), "a JSON object", f"a JSON {type(content).__name__}")
-    return content
-
-
 def _open_sharded(path: Path, config: dict[str, Any], index: str) -> Base:
-    content = _read_json(path / index)
+    content = read_json(path / index, _OP)
     weight_map, metadata = content.get("weight_map"), content.get("metadata") or {}
     if not isinstance(weight_map, dict) or not weight_map or not isinstance(metadata, dict):
         raise FormatError(_OP, str(path / index), "a weight_map of tensor name to file", repr(weight_map)[:80])

@@ -5,12 +5,12 @@ Nothing here runs code out of a file: safetensors holds plain data, and a `.bin`
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusedmerge.checks import read_json
 from fusedmerge.errors import FormatError, InvalidTypeError, MissingFileError
 from fusedmerge.formats.lora import Factors
 
@@ -39,16 +39,7 @@ def adapter_directory(directory: PathLike, operation: str) -> tuple[Path, str]:
 
 def read_config(directory: Path, operation: str) -> dict[str, Any]:
     """`adapter_config.json`. Raises `MissingFileError`, or `FormatError` where it is not one JSON object."""
-    path = directory / _CONFIG
-    if not path.is_file():
-        raise MissingFileError(operation, "directory", f"a file {_CONFIG}", f"none in {str(directory)!r}")
-    try:
-        config = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise FormatError(operation, str(path), "valid JSON", error) from error
-    if not isinstance(config, dict):
-        raise FormatError(operation, str(path), "a JSON object", f"a JSON {type(config).__name__}")
-    return config
+    return read_json(directory / _CONFIG, operation)
 
 
 def read_tensors(directory: Path, operation: str) -> dict[str, torch.Tensor]:
