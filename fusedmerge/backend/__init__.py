@@ -21,7 +21,7 @@ Engine = NativeSwitch | TorchSwitch | SimSwitch
 Adder = Callable[["torch.Tensor", slice], object]
 
 NAMES = ("cpu", "sim", "jit", "aot")
-_UNBUILT = "the CUDA kernels are not part of this version (see docs/status.md)"
+_UNBUILT = "this version of the Python package has no CUDA backend (see docs/status.md)"
 
 
 @dataclass(frozen=True)
