@@ -1,7 +1,7 @@
 """AdapterBank: N adapters stacked per target, so that a kernel (or a thread) finds any expert by its slot number.
 
 Per target: a [capacity, R, cols], b [capacity, rows, R], scaling [capacity] float32. R is the largest rank on that target, padded to a
-multiple of 16; padding is zero. Scaling is kept apart from the factors: folding it into 16-bit factors misrounds 10 % of the weights.
+multiple of 16; padding is zero. Scaling is kept apart from the factors: folded into 16-bit factors it would misround many weights.
 A slot keeps its number and its storage for life; adapters come and go in it.
 """
 
