@@ -79,7 +79,7 @@ clean:
 SOURCES := build/sources.txt
 $(shell mkdir -p build; find fusedmerge -name '*.py' | sort | cmp -s - $(SOURCES) || find fusedmerge -name '*.py' | sort > $(SOURCES))
 
-$(STAMP): $(SOURCES) pyproject.toml constraints.txt CMakeLists.txt $(wildcard cmake/*.cmake python/*.cpp python/*.h)
+$(STAMP): $(SOURCES) pyproject.toml constraints.txt CMakeLists.txt $(wildcard cmake/*.cmake python/*.cpp python/*.h cuda/src/* cuda/include/*/*/*)
 ifeq ($(VENV),none)
 	$(PY) -m pip install --no-build-isolation --no-deps --editable .
 	@mkdir -p $(@D)

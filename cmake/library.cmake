@@ -16,24 +16,6 @@ target_compile_features(fusedmerge_device INTERFACE cxx_std_17)
 target_include_directories(
   fusedmerge_device INTERFACE $<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}/cuda/include> $<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}>)
 
-# Compiled once, for both libraries and the tests.
-add_library(fusedmerge_host OBJECT cuda/src/api.cpp cuda/src/plan.cpp)
-add_library(fusedmerge_launch OBJECT)
-if(fusedmerge_with_cuda)
-  target_sources(fusedmerge_launch PRIVATE cuda/src/launch.cu cuda/src/instances.cu)
-  target_link_libraries(fusedmerge_launch PRIVATE CUDA::cudart_static)
-  target_compile_options(fusedmerge_launch PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--threads=0>) # one architecture each
-else()
-  target_sources(fusedmerge_launch PRIVATE cuda/src/launch_none.cpp)
-endif()
-foreach(objects fusedmerge_host fusedmerge_launch)
-  target_include_directories(${objects} PRIVATE cuda/include cuda/src)
-  set_target_properties(
-    ${objects} PROPERTIES CXX_VISIBILITY_PRESET hidden CUDA_VISIBILITY_PRESET hidden VISIBILITY_INLINES_HIDDEN ON)
-  target_compile_options(
-    ${objects} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra> $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra>)
-endforeach()
-
 foreach(kind shared static)
   string(TOUPPER ${kind} type)
   add_library(fusedmerge_${kind} ${type} $<TARGET_OBJECTS:fusedmerge_host> $<TARGET_OBJECTS:fusedmerge_launch>)

@@ -228,9 +228,8 @@ class AdapterBank:
         if any(slot in pinned for pinned in self._pins.values()):
             raise StateError("remove", f'adapter "{name}"', "an adapter that is not active (restore its Switcher first)", "an active one")
         for target in self._targets.values():
-            target.ranks[slot] = 0
-            target.scalings[slot] = 0.0
-            for tensor in (target.scaling, target.a, target.b):
+            target.note(slot, 0, 0.0)
+            for tensor in (target.a, target.b):
                 tensor[slot] = 0
         self._slots[slot] = None
         del self.cast_error[name]
@@ -240,9 +239,7 @@ class AdapterBank:
             into = self._targets[target]
             into.a[slot, : pair.rank].copy_(pair.a)
             into.b[slot, :, : pair.rank].copy_(pair.b)
-            into.scaling[slot] = pair.scaling
-            into.scalings[slot] = float(into.scaling[slot])
-            into.ranks[slot] = pair.rank
+            into.note(slot, pair.rank, pair.scaling)
         self._slots[slot] = name
         self.cast_error[name] = error
 

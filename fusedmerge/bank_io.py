@@ -45,8 +45,8 @@ def random_adapters(weights: Weights, num_adapters: int, r: int, targets: Sequen
         rows, cols = found[name].tensor.shape
         norm = float(found[name].tensor.detach().float().norm()) if found[name].tensor.device.type != "meta" else (rows * cols) ** 0.5
         for factors in adapters:
-            a = torch.randn(r, cols, generator=generator) * cols**-0.5
-            b = torch.randn(rows, r, generator=generator) * (delta * norm / (rows * r) ** 0.5)
+            a = torch.randn(r, cols, generator=generator, device="cpu") * cols**-0.5
+            b = torch.randn(rows, r, generator=generator, device="cpu") * (delta * norm / (rows * r) ** 0.5)
             factors[name] = Factors(a, b, 1.0) if not found[name].transposed else Factors(b.t(), a.t(), 1.0, True)
     return [Adapter(f"random_{index}", factors) for index, factors in enumerate(adapters)]
 

@@ -12,9 +12,20 @@ from fusedmerge.errors import DeviceError, FormatError, MissingFileError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["read_json", "shorten", "to_float32", "usable_device"]
+__all__ = ["as_tensor", "read_json", "shorten", "to_float32", "usable_device"]
 
 _SHOWN = 5
+
+
+def as_tensor(array: Any) -> Any:
+    """A torch tensor over the memory of a CuPy, NumPy or other array (DLPack, __cuda_array_interface__); anything else as it is."""
+    import torch
+
+    if isinstance(array, torch.Tensor):
+        return array
+    if hasattr(array, "__dlpack__"):
+        return torch.utils.dlpack.from_dlpack(array)
+    return torch.as_tensor(array) if hasattr(array, "__cuda_array_interface__") else array
 
 
 def read_json(path: Path, operation: str) -> dict[str, Any]:

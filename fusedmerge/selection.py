@@ -7,13 +7,15 @@ import operator
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from fusedmerge.checks import to_float32
+from fusedmerge.checks import as_tensor, to_float32
 from fusedmerge.errors import DeviceError, DtypeError, InvalidTypeError, InvalidValueError, ShapeError
 
 if TYPE_CHECKING:
+    import torch
+
     from fusedmerge.bank import AdapterBank
 
-__all__ = ["Mixture", "Named", "parse"]
+__all__ = ["Mixture", "Named", "parse", "selection_on"]
 
 Mixture = tuple[tuple[int, float], ...]  # (slot, gate as a float32 value), gates other than 0, ascending slots: equal means equal
 Named = tuple[tuple[str, float], ...]  # (adapter, gate as given), in the order given
@@ -49,6 +51,40 @@ def parse(bank: AdapterBank, adapters: Any, gates: Any, operation: str = "switch
     return mixture, kept
 
 
+def selection_on(device: torch.device, adapters: Any, gates: Any, operation: str = "switch") -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Ids int32 [k] and gates float32 [k] that are on `device` (a GPU) already: torch tensors, CuPy arrays, or whatever has DLPack.
+
+    None where the ids are no array on a GPU: `parse` reads those. Nothing synchronises; the values are not looked at.
+    Raises DeviceError, DtypeError, ShapeError, InvalidValueError.
+    """
+    import torch
+
+    if device.type == "cpu" or not _is_on_gpu(adapters):
+        return None
+    ids = as_tensor(adapters)
+    if gates is None:
+        gates = torch.ones(ids.shape, dtype=torch.float32, device=device)
+    elif not _is_on_gpu(gates):
+        raise DeviceError(operation, "gates", f"an array on {device}, where the ids are", "values on the host")
+    gates = as_tensor(gates)
+    for field, tensor, integral in (("ids", ids, True), ("gates", gates, False)):
+        if tensor.device != device:
+            raise DeviceError(operation, field, f"an array on the weights' device ({device})", tensor.device)
+        if tensor.dim() != 1:
+            raise ShapeError(operation, field, "one dimension", list(tensor.shape))
+        if tensor.dtype == torch.bool or tensor.is_complex() or tensor.is_floating_point() == integral:
+            raise DtypeError(operation, field, "integers" if integral else "floats", tensor.dtype)
+    if len(ids) != len(gates):
+        raise InvalidValueError(operation, "gates", f"{len(ids)} values (one per id)", len(gates))
+    return ids.to(torch.int32).contiguous(), gates.detach().to(torch.float32).contiguous()
+
+
+def _is_on_gpu(array: Any) -> bool:
+    import torch
+
+    return array.device.type != "cpu" if isinstance(array, torch.Tensor) else hasattr(array, "__cuda_array_interface__")
+
+
 def _members(adapters: Any, operation: str) -> list[Any]:
     if isinstance(adapters, (str, int)):
         return [adapters]
@@ -73,7 +109,7 @@ def _array(array: Any, operation: str, field: str, expected: str, fits: Any) -> 
     """The values of an array or tensor, read on the host."""
     device = getattr(array, "device", None)
     if getattr(device, "type", device) not in ("cpu", None):
-        raise DeviceError(operation, field, "the weights' device (cpu)", device)
+        raise DeviceError(operation, field, "the host (or ids and gates both on the weights' GPU)", device)
     if not fits(str(array.dtype)):
         raise DtypeError(operation, field, expected, array.dtype)
     if len(array.shape) > 1:

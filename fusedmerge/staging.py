@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from fusedmerge.checks import shorten, to_float32, usable_device
+from fusedmerge.checks import as_tensor, shorten, to_float32, usable_device
 from fusedmerge.errors import DeviceError, DtypeError, FormatError, InvalidTypeError, InvalidValueError, ShapeError, UnknownNameError
 from fusedmerge.formats.lora import Adapter, Factors
 from fusedmerge.weights import Weight, canonical_name
@@ -43,8 +43,8 @@ class TargetSpec:
     transposed: bool | None = None  # the weight is stored as [in, out]; None: not known
 
     def nbytes(self, padded_rank: int, capacity: int) -> int:
-        """Bytes of one target's stacked factors and scalings."""
-        return capacity * (padded_rank * sum(self.shape) * self.dtype.itemsize + 4)
+        """Bytes of one target's stacked factors, scalings and ranks."""
+        return capacity * (padded_rank * sum(self.shape) * self.dtype.itemsize + 8)
 
 
 @dataclass
@@ -57,10 +57,23 @@ class BankTarget:
     scaling: torch.Tensor  # [capacity] float32
     ranks: list[int]  # [capacity], on the host; 0: the adapter in this slot (if any) does not adapt this target
     scalings: list[float]  # [capacity], on the host: what `scaling` holds
+    device_ranks: torch.Tensor = field(init=False)  # [capacity] int32: what `ranks` holds, for kernels
+
+    def __post_init__(self) -> None:
+        import torch
+
+        self.device_ranks = torch.tensor(self.ranks, dtype=torch.int32, device=self.a.device)
+
+    def note(self, slot: int, rank: int, scaling: float) -> None:
+        """Set one slot's rank and scaling, on the host and on the device."""
+        self.scaling[slot] = scaling
+        self.device_ranks[slot] = rank
+        self.scalings[slot] = float(self.scaling[slot])
+        self.ranks[slot] = rank
 
     @property
     def nbytes(self) -> int:
-        return int(self.a.nbytes + self.b.nbytes + self.scaling.nbytes)
+        return int(self.a.nbytes + self.b.nbytes + self.scaling.nbytes + self.device_ranks.nbytes)
 
 
 def specs_from_weights(
@@ -196,9 +209,10 @@ def adapters_from_stacks(
         name = canonical_name(raw)
         if name in specs:
             raise InvalidValueError(operation, raw, "each target once", f'a second "{name}"')
-        if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(t, torch.Tensor) for t in pair)):
+        given = [as_tensor(t) for t in pair] if isinstance(pair, (tuple, list)) else []
+        if len(given) != 2 or not all(isinstance(t, torch.Tensor) for t in given):
             raise InvalidTypeError(operation, raw, "a pair of tensors (a, b)", type(pair).__name__)
-        a, b = pair
+        a, b = given
         if a.dim() != 3 or b.dim() != 3 or a.shape[0] != b.shape[0] or a.shape[1] != b.shape[2]:
             raise ShapeError(operation, raw, "a [N, r, in] and b [N, out, r]", f"a {list(a.shape)} and b {list(b.shape)}")
         if a.dtype != b.dtype or a.dtype not in (torch.bfloat16, torch.float16, torch.float32):

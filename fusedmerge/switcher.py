@@ -9,12 +9,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from fusedmerge.backend import Engine, Segment, choose, make_engine
+from fusedmerge.backend import DeviceSwitch, Engine, Segment, check_finite, choose, make_engine
 from fusedmerge.bank import AdapterBank
-from fusedmerge.errors import DeviceError, DtypeError, FusedMergeError, InvalidTypeError, InvalidValueError, ShapeError, StateError
+from fusedmerge.errors import (
+    BackendError,
+    DeviceError,
+    DtypeError,
+    FusedMergeError,
+    InvalidTypeError,
+    InvalidValueError,
+    ShapeError,
+    StateError,
+)
 from fusedmerge.memory import require_memory
 from fusedmerge.placement import Placement
-from fusedmerge.selection import Mixture, Named, parse
+from fusedmerge.selection import Mixture, Named, parse, selection_on
 from fusedmerge.weights import Weight, Weights, check_writable, collect, overlap
 
 if TYPE_CHECKING:
@@ -35,9 +44,11 @@ class Switcher:
     Every target of the bank must be there: once, unquantised, in the bank's dtype (or with a float32 bank), on its device. Storage never
     moves. Writes are made under no_grad and bump version counters, so that a stale backward raises. Not thread-safe. A Switcher that is
     dropped without `restore` or `close` leaves its mixture in the weights.
+
+    check_finite: `check` also tells whether a weight holds NaN or infinity after a switch (on a GPU the kernel notes it as it writes).
     """
 
-    def __init__(self, weights: Weights, bank: AdapterBank, mode: str = "exact") -> None:
+    def __init__(self, weights: Weights, bank: AdapterBank, mode: str = "exact", *, check_finite: bool = False) -> None:
         import torch
 
         operation = "Switcher"
@@ -53,6 +64,7 @@ class Switcher:
         backend = choose(device, operation)
         self.mode = mode
         self.bank = bank
+        self._check_finite = check_finite
         self._live = live
         self._placement = Placement(weights, {name: found[name] for name in live})
         self._check_unshared(operation)
@@ -60,7 +72,7 @@ class Switcher:
             require_memory(sum(t.nbytes for t in live.values()), device, operation, "the pristine copy of the adapted weights")
         with torch.inference_mode(False):  # inference tensors could not be written later
             self._segments = [Segment(w, w.clone() if mode == "exact" else None, bank.target(name)) for name, w in live.items()]
-            self._engine: Engine | None = make_engine(backend, self._segments)
+            self._engine: Engine | None = make_engine(backend, self._segments, check_finite)
         self._forced = False  # by `invalidate`: the next switch writes
         self._labels: dict[Mixture, Named] = {(): ()}
         _switchers.add(self)
@@ -71,8 +83,17 @@ class Switcher:
         A repeated mixture changes nothing. Duplicates add; slot -1 is empty. Raises before anything is changed: UnknownNameError,
         InvalidTypeError, InvalidValueError, ShapeError, DtypeError, DeviceError, StateError. An interruption (KeyboardInterrupt) leaves
         a mixed state that `active` reports, and that the next `switch` or `restore` repairs.
+
+        Ids (int32) and gates (float32), both on the weights' GPU, are read there, without a synchronisation: the call may be captured in a
+        CUDA graph, whose replays read what the two tensors then hold (and bump no version counters). An id outside [-1, slots) or a gate
+        that is not finite then leaves the weights as they are; `check` and `active` tell. No adapter can be removed from the bank until
+        the next switch from the host, and none ever once a graph was captured.
         """
-        self._set(*parse(self.bank, adapters, gates, "switch"), "switch")
+        selection = selection_on(next(iter(self._live.values())).device, adapters, gates, "switch")
+        if selection is None:
+            self._set(*parse(self.bank, adapters, gates, "switch"), "switch")
+        else:
+            self._set_on_device(*selection, "switch")
 
     def restore(self) -> None:
         """Take the mixture out. In exact mode: the original bits."""
@@ -97,16 +118,24 @@ class Switcher:
 
     @property
     def active(self) -> Named:
-        """The mixture that is merged: (("math", 0.7), ...), or (). Raises StateError after an interrupted switch."""
+        """The mixture that is merged: (("math", 0.7), ...), or (). Raises StateError after an interrupted switch, and what `check` would
+        tell of a selection that was read on the device."""
         engine = self._open("active")
+        if isinstance(engine, DeviceSwitch) and engine.unchecked:
+            engine.check()
         if engine.mixture is None:
             raise StateError("active", "weights", "one mixture", "a switch that was interrupted; call switch() or restore() to repair it")
-        return self._labels[engine.mixture]
+        return self._label(engine.mixture)
 
     def check(self) -> None:
-        """Raise whatever is wrong with the present state: an interrupted switch, weights that were moved, a closed Switcher."""
-        self._open("check")
+        """Raise whatever is wrong with the present state: an interrupted switch, weights that were moved, a closed Switcher; and, once,
+        what the device found: InvalidValueError for ids, gates or (with check_finite) weights. Waits for the device."""
+        engine = self._open("check")
         self._placement.check("check")
+        if isinstance(engine, DeviceSwitch):
+            engine.check()
+        elif self._check_finite:
+            check_finite(self._segments)
         _ = self.active
 
     def invalidate(self) -> None:
@@ -155,7 +184,7 @@ class Switcher:
 
     def __repr__(self) -> str:
         held = () if self._engine is None else self._engine.mixture
-        state = "closed" if self._engine is None else "interrupted" if held is None else f"active={self._labels[held]}"
+        state = "closed" if self._engine is None else "interrupted" if held is None else f"active={self._label(held)}"
         return f"Switcher({len(self._live)} targets, mode={self.mode!r}, {state})"
 
     # ------------------------------------------------------------------ steps
@@ -167,7 +196,7 @@ class Switcher:
         held = engine.mixture
         if operation == "switch" or mixture != held or self._forced:
             self._check_unshared(operation)
-        kept = {} if held is None else {held: self._labels[held]}
+        kept = {} if held is None else {held: self._label(held)}
         self._labels = {(): (), **kept, mixture: named}
         pinned = self.bank.pinned(self)
         self.bank.pin(self, pinned | {slot for slot, _ in mixture})
@@ -178,7 +207,23 @@ class Switcher:
                 self.bank.pin(self, pinned)
             raise
         self._forced = False
-        self.bank.pin(self, frozenset(slot for slot, _ in mixture))
+        if not (isinstance(engine, DeviceSwitch) and engine.is_captured):
+            self.bank.pin(self, frozenset(slot for slot, _ in mixture))
+
+    def _set_on_device(self, ids: torch.Tensor, gates: torch.Tensor, operation: str) -> None:
+        """check -> apply, without knowing what the tensors hold."""
+        engine = self._open(operation)
+        if not isinstance(engine, DeviceSwitch):
+            raise BackendError(operation, "backend", "one that reads ids and gates on the device", type(engine).__name__)
+        self._placement.check(operation)
+        self._check_unshared(operation)
+        self.bank.pin(self, frozenset(slot for slot, name in enumerate(self.bank.slots) if name is not None))
+        engine.apply_selection(ids, gates)
+        self._forced = False
+
+    def _label(self, mixture: Mixture) -> Named:
+        """The mixture as it was given; one that came from the device, by its slots."""
+        return self._labels.get(mixture) or tuple((str(self.bank.slots[slot]), gate) for slot, gate in mixture)
 
     def _open(self, operation: str) -> Engine:
         if self._engine is None:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Union
 
-from fusedmerge.checks import shorten
+from fusedmerge.checks import as_tensor, shorten
 from fusedmerge.errors import DeviceError, DtypeError, InvalidTypeError, InvalidValueError, ShapeError, StateError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -69,8 +69,9 @@ def collect(weights: Weights, operation: str) -> dict[str, Weight]:
 def _bare_weight(name: object, tensor: object, operation: str) -> Weight:
     import torch
 
+    tensor = as_tensor(tensor)
     if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-        raise InvalidTypeError(operation, f"weights[{name!r}]", "a torch.Tensor under a str", type(tensor).__name__)
+        raise InvalidTypeError(operation, f"weights[{name!r}]", "a tensor (or array with DLPack) under a str", type(tensor).__name__)
     return Weight(canonical_name(name), tensor, None)
 
 

@@ -1,14 +1,21 @@
-// Python bindings: tables of pointers and strides in, no logic. fusedmerge/backend/native.py builds the tables.
+// Python bindings: pointers, strides and streams in, no logic. fusedmerge/backend/native.py builds the CPU merge's tables,
+// fusedmerge/backend/params.py the structs whose addresses the planner and the launcher take.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <optional>
+#include <stdexcept>
+#include <tuple>
 
+#include "describe.h"
+#include "launch.h"
 #include "merge_cpu.h"
+#include "plan.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -88,6 +95,36 @@ void merge(const Table<int64_t, 2>& segments, const Table<int64_t, 2>& experts, 
     if (done) done->data()[0] = 1;  // before Python runs again: an interrupt that arrives now cannot hide that the weights have changed
 }
 
+constexpr const char* kOperation = "switch";
+
+void check(fusedmerge_result result) {
+    if (result != FUSEDMERGE_OK) throw std::runtime_error(fusedmerge_last_error());
+}
+
+SwitchLaunch launch_of(const std::tuple<int, int, int>& numbers, int grid, int shared_bytes) {
+    auto [live, source, factor] = numbers;
+    return {static_cast<Number>(live), static_cast<Number>(source), static_cast<Number>(factor), grid, shared_bytes};
+}
+
+bool plan(int64_t request, int64_t segments, int64_t result) {
+    return plan_switch(*pointer<const PlanRequest>(request), pointer<SwitchSegment>(segments), *pointer<PlanResult>(result));
+}
+
+std::tuple<int, int> query(int ordinal) {
+    fusedmerge_device device{};
+    check(query_device(kOperation, ordinal, device));
+    return {device.num_multiprocessors, device.shared_bytes_per_block};
+}
+
+void prepare(const std::tuple<int, int, int>& numbers, int grid, int shared_bytes) {
+    check(prepare_switch(kOperation, launch_of(numbers, grid, shared_bytes)));
+}
+
+void launch(const std::tuple<int, int, int>& numbers, int grid, int shared_bytes, int64_t params, int64_t stream) {
+    const SwitchLaunch launch = launch_of(numbers, grid, shared_bytes);
+    check(launch_switch(kOperation, launch, *pointer<const SwitchParams>(params), pointer<CUstream_st>(stream)));
+}
+
 }  // namespace
 }  // namespace fusedmerge
 
@@ -112,4 +149,14 @@ The caller keeps all memory alive. Sums are float32, with one rounding to the we
 skipped, and a segment without any copies the source's bits. The bits depend on `isa`, not on `threads`.
 
 Raises ValueError for a table that cannot be right, MemoryError if a workspace does not fit; nothing is written then.)");
+    m.def("describe_structs", &fusedmerge::describe_structs, R"("Struct.field offset size" lines for what the functions below read.)");
+    m.def("plan_switch", &fusedmerge::plan, "request"_a, "segments"_a, "result"_a,
+          "Plan a launch (cuda/src/plan.h) on structs at these addresses. False, with result.error, for what is refused.");
+    m.def("has_cuda", &fusedmerge::launch_available,
+          "Whether the kernels were compiled in: the functions below raise RuntimeError otherwise.");
+    m.def("query_device", &fusedmerge::query, "ordinal"_a, "(multiprocessors, bytes of shared memory that a block may have) of a GPU.");
+    m.def("prepare_switch", &fusedmerge::prepare, "numbers"_a, "grid"_a, "shared_bytes"_a,
+          "Make the current device's kernel for (live, source, factor) dtypes ready for launches of that size.");
+    m.def("launch_switch", &fusedmerge::launch, "numbers"_a, "grid"_a, "shared_bytes"_a, "params"_a, "stream"_a,
+          "Launch that kernel on a stream of the current device, with the SwitchParams at an address.");
 }

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from fusedmerge import backend
 
@@ -34,11 +35,16 @@ def rng(request):
     return np.random.default_rng(sum(map(ord, request.node.name)))
 
 
-@pytest.fixture(params=["native", "torch", "sim"])
+ON_GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in ("jit", "aot")]
+
+
+@pytest.fixture(params=["native", "torch", "sim", *ON_GPU])
 def engine(request, monkeypatch):
-    """Every way to run a switch on the CPU."""
+    """Every way to run a switch. On a GPU, tensors are made there by default."""
     monkeypatch.delenv("FUSEDMERGE_BACKEND", raising=False)
-    if request.param == "torch":
+    if request.param in ("jit", "aot"):
+        use_gpu(request.param, request, monkeypatch)
+    elif request.param == "torch":
         monkeypatch.setattr(backend, "extension", lambda: None)
     elif request.param == "sim":
         monkeypatch.setenv("FUSEDMERGE_SIM_LIB", request.getfixturevalue("sim_library"))
@@ -46,3 +52,26 @@ def engine(request, monkeypatch):
     else:
         assert backend.extension(), "the extension is not built: run `make test`"
     return request.param
+
+
+@pytest.fixture(params=ON_GPU)
+def on_gpu(request, monkeypatch):
+    """Every way to run a switch on a GPU."""
+    use_gpu(request.param, request, monkeypatch)
+    return request.param
+
+
+def use_gpu(name, request, monkeypatch):
+    status = backend.backends()[name]
+    assert status, status.reason
+    monkeypatch.setenv("FUSEDMERGE_BACKEND", name)
+    torch.set_default_device("cuda")
+    request.addfinalizer(lambda: torch.set_default_device(None))
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests that need a GPU are not there where there is none."""
+    if not torch.cuda.is_available():
+        gone = [item for item in items if item.get_closest_marker("gpu")]
+        items[:] = [item for item in items if item not in gone]
+        config.hook.pytest_deselected(items=gone)

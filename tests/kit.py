@@ -19,7 +19,8 @@ def name_of(dtype: torch.dtype) -> str:
 def make_weights(shapes, dtype=torch.bfloat16, seed=0):
     """{"w0": ..., "w1": ...}: normal weights of the given shapes."""
     generator = torch.Generator().manual_seed(seed)
-    return {f"w{i}": (torch.randn(*shape, generator=generator) * 0.05).to(dtype) for i, shape in enumerate(shapes)}
+    made = [torch.randn(*shape, generator=generator, device="cpu") * 0.05 for shape in shapes]
+    return {f"w{i}": weight.to(torch.get_default_device(), dtype) for i, weight in enumerate(made)}
 
 
 def make_bank(weights, ranks=(4, 7, 16, 33), dtype=None, seed=1, scaling=0.5):
@@ -39,7 +40,7 @@ def make_bank(weights, ranks=(4, 7, 16, 33), dtype=None, seed=1, scaling=0.5):
 
 
 def bits(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
+    return tensor.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes()
 
 
 def snapshot(weights):

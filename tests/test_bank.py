@@ -26,7 +26,7 @@ def test_ranks_differ_per_adapter_and_target_and_are_padded_with_zeros():
     assert torch.equal(q.a[0, :3], one.targets["q"].a) and not q.a[0, 3:].any() and not q.b[0, :, 3:].any()
     assert not v.a[0].any() and not v.b[0].any()
     assert q.scaling.tolist() == [2.0, 0.5] and q.scaling.dtype == torch.float32
-    assert bank.nbytes == 4 * (2 * 32 * 11 + 2 * 16 * 8 + 2 + 2)
+    assert bank.nbytes == 4 * (2 * 32 * 11 + 2 * 16 * 8 + 2 * 2 + 2 * 2)
 
 
 def test_factors_take_the_weight_s_dtype_and_the_loss_is_told():

@@ -27,6 +27,14 @@ template __global__ void fusedmerge::switch_kernel<Bf16, Bf16, Bf16>(SwitchParam
 template __global__ void fusedmerge::switch_kernel<Fp16, Fp8E4M3, Fp16>(SwitchParams);
 template __global__ void fusedmerge::switch_kernel<float, float, float>(SwitchParams);
 """
+# What the JIT path makes: mode and depth fixed.
+SPECIALISED = """
+#include "fusedmerge/kernel/switch.cuh"
+using namespace fusedmerge;
+extern "C" FM_KERNEL(kThreads) exact(const SwitchParams params) { run_switch<Bf16, Bf16, Bf16, 0, 1>(params); }
+extern "C" FM_KERNEL(kThreads) exact_deep(const SwitchParams params) { run_switch<Bf16, Bf16, Bf16, 0, 2>(params); }
+extern "C" FM_KERNEL(kThreads) inplace(const SwitchParams params) { run_switch<Bf16, Bf16, Bf16, 1, 1>(params); }
+"""
 
 INSTRUCTIONS = r"\b(HMMA\.16816\.F32|LDG\.E\.[\w.]*128|STG\.E\.[\w.]*128|LDGSTS\.E[\w.]*128|LDSM\.16\.M88\.4|STL|LDL)\b"
 
@@ -108,6 +116,14 @@ def test_instructions(compile_representative, cuobjdump, arch):
             assert kinds >= {"HMMA", "STG", "LDGSTS", "LDSM"}, (name, found)
             assert "LDG" in kinds or "Fp8" in name, (name, found)
             assert len(re.findall(r"\bHMMA\.16816\.F32", body)) >= 128  # eight slices of sixteen, unrolled
+
+
+def test_kernels_with_mode_and_depth_fixed(nvcc, tmp_path):
+    source = tmp_path / "specialised.cu"
+    source.write_text(SPECIALISED)
+    report = compile_cubin(nvcc, source, "sm_90a", tmp_path / "specialised.cubin")[1]
+    check_figures(report, 3)
+    assert kernels(report)["exact"]["registers"] < CEILING["mma"]  # less than the kernel that decides at launch
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import fusedmerge
+from fusedmerge.backend import compiler
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -46,6 +47,13 @@ def test_installation_has_the_extension() -> None:
     metadata()
     assert importlib.util.find_spec("fusedmerge._ext") is not None
     assert "merge_cpu" in dir(importlib.import_module("fusedmerge._ext"))
+
+
+def test_the_extension_and_the_kernels_headers_are_there_and_small() -> None:
+    """With the kernels of four architectures in it, the extension leaves room in a wheel of 20 MB."""
+    metadata()
+    assert Path(importlib.import_module("fusedmerge._ext").__file__).stat().st_size < 20e6
+    assert (compiler.header_root() / "fusedmerge/kernel/switch.cuh").is_file()
 
 
 def test_installation_is_typed() -> None:

@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fusedmerge.backend.cpu import Expert, Segment, TorchSwitch, ordered, wide_factors
+from fusedmerge.backend import aot, jit
+from fusedmerge.backend.cpu import Expert, Segment, TorchSwitch, check_finite, ordered, wide_factors
+from fusedmerge.backend.device import DeviceSwitch
 from fusedmerge.backend.native import NativeSwitch, add_rows, extension
 from fusedmerge.backend.sim import SimSwitch, library, library_path
 from fusedmerge.errors import BackendError, InvalidValueError
@@ -15,13 +17,23 @@ from fusedmerge.errors import BackendError, InvalidValueError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Adder", "BackendStatus", "Engine", "Segment", "backends", "choose", "make_adder", "make_engine"]
+__all__ = [
+    "Adder",
+    "BackendStatus",
+    "DeviceSwitch",
+    "Engine",
+    "Segment",
+    "backends",
+    "check_finite",
+    "choose",
+    "make_adder",
+    "make_engine",
+]
 
-Engine = NativeSwitch | TorchSwitch | SimSwitch
+Engine = NativeSwitch | TorchSwitch | DeviceSwitch
 Adder = Callable[["torch.Tensor", slice], object]
 
 NAMES = ("cpu", "sim", "jit", "aot")
-_UNBUILT = "this version of the Python package has no CUDA backend (see docs/status.md)"
 
 
 @dataclass(frozen=True)
@@ -41,8 +53,8 @@ def backends() -> dict[str, BackendStatus]:
 
 
 def _status(name: str) -> BackendStatus:
-    if name not in ("cpu", "sim"):
-        return BackendStatus(False, _UNBUILT)
+    if name in ("jit", "aot"):
+        return _gpu_status(name)
     try:
         import torch
     except Exception as error:  # a broken install raises OSError and more
@@ -54,6 +66,16 @@ def _status(name: str) -> BackendStatus:
     return BackendStatus(True, f"{kernel}, torch {torch.__version__}, {torch.get_num_threads()} threads")
 
 
+def _gpu_status(name: str) -> BackendStatus:
+    problem = jit.problem() if name == "jit" else aot.problem()
+    if problem:
+        return BackendStatus(False, problem)
+    import torch
+
+    kernels = "kernels compiled on first use" if name == "jit" else "compiled kernels"
+    return BackendStatus(True, f"{kernels}, {torch.cuda.get_device_name()}")
+
+
 def _sim_status() -> BackendStatus:
     try:
         library()
@@ -63,24 +85,33 @@ def _sim_status() -> BackendStatus:
 
 
 def choose(device: torch.device, operation: str) -> str:
-    """The backend for tensors on `device`: FUSEDMERGE_BACKEND, or else the one made for it. Raises BackendError with the reason."""
-    name = os.environ.get("FUSEDMERGE_BACKEND") or {"cpu": "cpu", "cuda": "aot"}.get(device.type)
-    if name is None:
+    """The backend for tensors on `device`: FUSEDMERGE_BACKEND, or else the first that can be used. Raises BackendError with the reason."""
+    given = os.environ.get("FUSEDMERGE_BACKEND")
+    if given and given not in NAMES:
+        raise InvalidValueError(operation, "FUSEDMERGE_BACKEND", f"one of {', '.join(NAMES)}", given)
+    names = (given,) if given else {"cpu": ("cpu",), "cuda": ("aot", "jit")}.get(device.type, ())
+    if not names:
         raise BackendError(operation, "device", "cpu or cuda", device)
-    if name not in NAMES:
-        raise InvalidValueError(operation, "FUSEDMERGE_BACKEND", f"one of {', '.join(NAMES)}", name)
-    status = _status(name)
-    if not status:
-        raise BackendError(operation, f'backend "{name}" for {device}', "a usable backend", status.reason)
-    if name in ("cpu", "sim") and device.type != "cpu":
-        raise BackendError(operation, f'backend "{name}"', "weights on the CPU", device)
+    statuses = {name: _status(name) for name in names}
+    usable = [name for name, status in statuses.items() if status]
+    if not usable:
+        reasons = "; ".join(f"{name}: {status.reason}" for name, status in statuses.items())
+        raise BackendError(operation, f"backend for {device}", f"a usable one of {', '.join(names)}", reasons)
+    name = usable[0]
+    runs_on = "cpu" if name in ("cpu", "sim") else "cuda"
+    if device.type != runs_on:
+        raise BackendError(operation, f'backend "{name}"', f"weights on {'the CPU' if runs_on == 'cpu' else 'a GPU'}", device)
     return name
 
 
-def make_engine(name: str, segments: Sequence[Segment]) -> Engine:
-    """What runs one Switcher's switches on the backend that `choose` named. cpu: the compiled kernel, or torch where it was not built."""
-    if name == "sim":
-        return SimSwitch(segments)
+def make_engine(name: str, segments: Sequence[Segment], report_non_finite: bool = False) -> Engine:
+    """What runs one Switcher's switches on the backend that `choose` named. cpu: the compiled kernel, or torch where it was not built.
+
+    report_non_finite: have the kernel look for NaN and infinity as it writes (a `DeviceSwitch`'s `check` tells).
+    """
+    on_device: dict[str, Callable[..., DeviceSwitch]] = {"sim": SimSwitch, "jit": jit.JitSwitch, "aot": aot.AotSwitch}
+    if name in on_device:
+        return on_device[name](segments, report_non_finite)
     return NativeSwitch(segments) if extension() else TorchSwitch(segments)
 
 

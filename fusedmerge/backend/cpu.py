@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fusedmerge.errors import InvalidValueError
 from fusedmerge.selection import Mixture
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ __all__ = [
     "TorchSwitch",
     "Expert",
     "Segment",
+    "check_finite",
     "difference",
     "exact_products",
     "merge_rows",
@@ -65,6 +67,15 @@ class Segment:
 def ordered(experts: Iterable[Expert]) -> list[Expert]:
     """The experts that change anything, in ascending order of |coefficient|: one order of addition, whatever the caller wrote."""
     return sorted((e for e in experts if e.coefficient and e.a.shape[0]), key=lambda expert: abs(expert.coefficient))
+
+
+def check_finite(segments: Iterable[Segment]) -> None:
+    """Raise InvalidValueError where a weight holds NaN or infinity. Waits for the device."""
+    import torch
+
+    for segment in segments:
+        if not bool(torch.isfinite(segment.live).all()):
+            raise InvalidValueError("switch", segment.factors.spec.name, "finite values after the switch", "NaN or infinity")
 
 
 def row_blocks(rows: int, cols: int) -> list[slice]:
@@ -151,7 +162,7 @@ class TorchSwitch:
 
         self._blocks = [[_Block(s, rows) for rows in row_blocks(*s.live.shape)] for s in segments]
         sizes = [(b.rows.stop - b.rows.start) * b.segment.live.shape[1] for blocks in self._blocks for b in blocks]
-        self._workspace = torch.empty(max(sizes, default=0), dtype=torch.float32)
+        self._workspace = torch.empty(max(sizes, default=0), dtype=torch.float32, device="cpu")
         self._forced = False
         self.mixture: Mixture | None = ()
 

@@ -19,16 +19,19 @@ __all__ = [
     "NON_FINITE",
     "PlanRequest",
     "PlanResult",
+    "SHARED_STRUCTS",
     "SimOptions",
     "SwitchParams",
     "SwitchSegment",
     "SwitchState",
+    "THREADS",
     "layout",
 ]
 
 BF16, FP16, FLOAT32, FP8 = 0, 1, 2, 3  # Number (cuda/src/numbers.h)
 BAD_ID, BAD_GATE, NON_FINITE = 1, 2, 4  # SwitchStatus
 MAX_SLOTS = 32  # kMaxSlots
+THREADS = 256  # kThreads
 
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong
 
@@ -89,10 +92,10 @@ class SimOptions(ctypes.Structure):
     _fields_ = [*((name, _I) for name in ("thread_order", "tensor_core", "async_copies", "resident_blocks")), ("seed", ctypes.c_uint)]
 
 
-_STRUCTS = (SwitchSegment, SwitchState, SwitchParams, PlanRequest, PlanResult, SimOptions)
+SHARED_STRUCTS = (SwitchSegment, SwitchState, SwitchParams, PlanRequest, PlanResult)  # with the extension, and with the simulator
 
 
-def layout() -> str:
+def layout(structs: tuple[type[ctypes.Structure], ...] = (*SHARED_STRUCTS, SimOptions)) -> str:
     """A line "Struct.field offset size" for each field."""
-    described = [(f"{struct.__name__}.{name}", getattr(struct, name)) for struct in _STRUCTS for name, *_ in struct._fields_]
+    described = [(f"{struct.__name__}.{name}", getattr(struct, name)) for struct in structs for name, *_ in struct._fields_]
     return "".join(f"{name} {field.offset} {field.size}\n" for name, field in described)

@@ -1,6 +1,6 @@
 """The switch on the CPU by the CUDA kernel's own sources, on the host simulator that `make sim` builds (tests/sim).
 
-For tests and for looking into the kernel, not for speed. A launch ends before it returns, so what the device reports is raised at once.
+For tests and for looking into the kernel, not for speed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from fusedmerge.backend.cpu import Segment
 from fusedmerge.backend.device import DeviceSwitch, Group
 from fusedmerge.backend.params import PlanRequest, PlanResult, SimOptions, SwitchParams, SwitchSegment, layout
 from fusedmerge.errors import BackendError
-from fusedmerge.selection import Mixture
 
 __all__ = ["SimSwitch", "library", "library_path"]
 
@@ -46,15 +45,15 @@ def _load(path: Path, _built: int) -> ctypes.CDLL:
 
     lib = ctypes.CDLL(str(path))
     try:
-        stated = lib.fm_sim_version, lib.fm_sim_layout, lib.fm_sim_host_layout
+        stated = lib.fm_sim_version, lib.fm_sim_layout
         for function in (*stated, lib.fm_sim_error):
             function.restype = ctypes.c_char_p
         lib.fm_sim_plan.argtypes = [ctypes.c_void_p] * 3
         lib.fm_sim_switch.argtypes = [*[ctypes.c_int] * 3, ctypes.c_void_p, *[ctypes.c_int] * 2, ctypes.c_void_p]
     except AttributeError as error:
         raise _unusable(f"{path} is no simulator of this version ({error}): run `make sim`") from error
-    version, *layouts = (function().decode() for function in stated)
-    difference = _difference(f"fusedmerge {version}\n{''.join(layouts)}", f"fusedmerge {__version__}\n{layout()}")
+    version, described = (function().decode() for function in stated)
+    difference = _difference(f"fusedmerge {version}\n{described}", f"fusedmerge {__version__}\n{layout()}")
     if difference:
         raise _unusable(f"{path} was built from other sources ({difference}): run `make sim`")
     return lib
@@ -73,10 +72,10 @@ def _unusable(reason: str) -> BackendError:
 class SimSwitch(DeviceSwitch):
     """One Switcher's engine on the simulator, with CPU tensors. A kernel that breaks the simulator's rules raises BackendError."""
 
-    def __init__(self, segments: Sequence[Segment]) -> None:
+    def __init__(self, segments: Sequence[Segment], report_non_finite: bool = False) -> None:
         self._library = library()
         self._options = SimOptions(thread_order=0, tensor_core=1, async_copies=0, resident_blocks=2, seed=1)
-        super().__init__(segments, _MULTIPROCESSORS, _SHARED_BYTES)
+        super().__init__(segments, report_non_finite, _MULTIPROCESSORS, _SHARED_BYTES)
 
     def plan(self, request: PlanRequest, table: ctypes.Array[SwitchSegment], result: PlanResult) -> bool:
         return bool(self._library.fm_sim_plan(ctypes.byref(request), table, ctypes.byref(result)) == 0)
@@ -85,7 +84,3 @@ class SimSwitch(DeviceSwitch):
         where = group.plan.grid, group.plan.shared_bytes, ctypes.byref(self._options)
         if self._library.fm_sim_switch(*group.numbers, ctypes.byref(params), *where):
             raise BackendError("switch", "simulator", "a launch without faults", self._library.fm_sim_error().decode())
-
-    def apply(self, mixture: Mixture) -> None:
-        super().apply(mixture)
-        self.check()

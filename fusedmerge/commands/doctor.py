@@ -123,8 +123,9 @@ def _backends() -> dict[str, Any]:
 
 def _cache() -> dict[str, Any]:
     """The directory of compiled kernels: FUSEDMERGE_CACHE_DIR, or the user's cache."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fusedmerge"
-    path = Path(os.environ.get("FUSEDMERGE_CACHE_DIR") or default).expanduser()
+    from fusedmerge.backend.compiler import cache_directory
+
+    path = cache_directory()
     parent = next((p for p in [path, *path.parents] if p.exists()), path)
     return {"path": str(path), "exists": path.is_dir(), "writable": os.access(parent, os.W_OK) and parent.is_dir()}
 

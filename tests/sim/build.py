@@ -19,7 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SIM = Path(__file__).resolve().parent
-UNITS = [SIM / "interface.cpp", SIM / "simulator.cpp", SIM / "numbers.cpp", SIM / "faults.cpp", ROOT / "cuda/src/plan.cpp"]
+HOST = [ROOT / "cuda/src/plan.cpp", ROOT / "cuda/src/describe.cpp"]
+UNITS = [SIM / "interface.cpp", SIM / "simulator.cpp", SIM / "numbers.cpp", SIM / "faults.cpp", *HOST]
 PACKAGE = ROOT / "fusedmerge/__init__.py"
 FLAGS = ["-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-Wall", "-Wextra", "-U_FORTIFY_SOURCE", "-fvisibility=default"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1", "-O1"]

@@ -2,6 +2,7 @@
 #include <cstddef>
 #include <string>
 
+#include "describe.h"
 #include "fusedmerge/kernel/switch.cuh"
 #include "plan.h"
 
@@ -101,91 +102,18 @@ float fm_sim_fp8(unsigned bits) { return widen_fp8(bits); }
 // The package's version that this library was built for (fusedmerge/backend/sim.py compares it, and the layouts, with its own).
 const char* fm_sim_version() { return FUSEDMERGE_VERSION; }
 
-#define FIELD(type, field) \
-    text += #type "." #field " " + std::to_string(offsetof(type, field)) + " " + std::to_string(sizeof(type::field)) + "\n"
-
-// "Struct.field offset size" lines for what the kernels read, for the equality test with Python.
+// "Struct.field offset size" lines for what kernels, planner and simulator read, for the equality test with Python.
 const char* fm_sim_layout() {
     static const std::string layout = [] {
-        std::string text;
-        FIELD(SwitchSegment, live);
-        FIELD(SwitchSegment, source);
-        FIELD(SwitchSegment, a);
-        FIELD(SwitchSegment, b);
-        FIELD(SwitchSegment, scaling);
-        FIELD(SwitchSegment, ranks);
-        FIELD(SwitchSegment, source_scale);
-        FIELD(SwitchSegment, live_stride);
-        FIELD(SwitchSegment, source_stride);
-        FIELD(SwitchSegment, a_adapter_stride);
-        FIELD(SwitchSegment, a_row_stride);
-        FIELD(SwitchSegment, b_adapter_stride);
-        FIELD(SwitchSegment, b_row_stride);
-        FIELD(SwitchSegment, scale_stride);
-        FIELD(SwitchSegment, first_unit);
-        FIELD(SwitchSegment, rows);
-        FIELD(SwitchSegment, cols);
-        FIELD(SwitchSegment, rank);
-        FIELD(SwitchSegment, scale_row_shift);
-        FIELD(SwitchSegment, scale_col_shift);
-        FIELD(SwitchSegment, unit_rows);
-        FIELD(SwitchSegment, flags);
-        FIELD(SwitchSegment, reserved);
-        FIELD(SwitchState, valid);
-        FIELD(SwitchState, num_last);
-        FIELD(SwitchState, ticket);
-        FIELD(SwitchState, status);
-        FIELD(SwitchState, last_ids);
-        FIELD(SwitchState, last_gates);
-        FIELD(SwitchParams, segments);
-        FIELD(SwitchParams, state);
-        FIELD(SwitchParams, ids);
-        FIELD(SwitchParams, gates);
-        FIELD(SwitchParams, num_units);
-        FIELD(SwitchParams, num_segments);
-        FIELD(SwitchParams, num_slots);
-        FIELD(SwitchParams, num_adapters);
-        FIELD(SwitchParams, inplace);
-        FIELD(SwitchParams, check_finite);
-        FIELD(SwitchParams, resident_chunks);
+        std::string text = describe_structs();
+        FM_FIELD(SimOptions, thread_order);
+        FM_FIELD(SimOptions, tensor_core);
+        FM_FIELD(SimOptions, async_copies);
+        FM_FIELD(SimOptions, resident_blocks);
+        FM_FIELD(SimOptions, seed);
         return text;
     }();
     return layout.c_str();
 }
-
-// The same for what the planner and the simulator read.
-const char* fm_sim_host_layout() {
-    static const std::string layout = [] {
-        std::string text;
-        FIELD(PlanRequest, live);
-        FIELD(PlanRequest, source);
-        FIELD(PlanRequest, factor);
-        FIELD(PlanRequest, inplace);
-        FIELD(PlanRequest, num_segments);
-        FIELD(PlanRequest, num_adapters);
-        FIELD(PlanRequest, num_slots);
-        FIELD(PlanRequest, num_multiprocessors);
-        FIELD(PlanRequest, shared_bytes_limit);
-        FIELD(PlanRequest, unit_rows);
-        FIELD(PlanResult, num_units);
-        FIELD(PlanResult, live_bytes);
-        FIELD(PlanResult, source_bytes);
-        FIELD(PlanResult, adapter_bytes);
-        FIELD(PlanResult, bank_bytes);
-        FIELD(PlanResult, table_bytes);
-        FIELD(PlanResult, grid);
-        FIELD(PlanResult, shared_bytes);
-        FIELD(PlanResult, resident_chunks);
-        FIELD(PlanResult, error);
-        FIELD(SimOptions, thread_order);
-        FIELD(SimOptions, tensor_core);
-        FIELD(SimOptions, async_copies);
-        FIELD(SimOptions, resident_blocks);
-        FIELD(SimOptions, seed);
-        return text;
-    }();
-    return layout.c_str();
-}
-#undef FIELD
 
 }  // extern "C"

@@ -69,9 +69,13 @@ FM_DEVICE bool run_unit(const SelectionMemory& selection, unsigned char* tiles, 
     }
 }
 
-template <class Live, class Source, class Factor>
-FM_KERNEL(kThreads)
-switch_kernel(const SwitchParams params) {
+constexpr int kAtLaunch = -1;  // left to SwitchParams
+
+// The body of a kernel. A just-in-time compiler fixes mode and depth too; the bits are the same.
+template <class Live, class Source, class Factor, int kInplace = kAtLaunch, int kResidentChunks = kAtLaunch>
+FM_DEVICE void run_switch(SwitchParams params) {
+    if constexpr (kInplace != kAtLaunch) params.inplace = kInplace;
+    if constexpr (kResidentChunks != kAtLaunch) params.resident_chunks = kResidentChunks;
     SelectionMemory& selection = *reinterpret_cast<SelectionMemory*>(shared_memory());
     unsigned char* tiles = shared_memory() + kSelectionBytes;
     if (!read_selection(selection, params)) return;
@@ -85,6 +89,12 @@ switch_kernel(const SwitchParams params) {
     bool report = block_any(!finite) && params.check_finite && thread_index() == 0;
     if (report) atomic_or(&params.state->status, kStatusNonFinite);
     finish_selection(selection, params);
+}
+
+template <class Live, class Source, class Factor>
+FM_KERNEL(kThreads)
+switch_kernel(const SwitchParams params) {
+    run_switch<Live, Source, Factor>(params);
 }
 
 }  // namespace fusedmerge
