@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +23,14 @@ from fusedmerge.errors import (
 )
 from fusedmerge.memory import require_memory
 from fusedmerge.placement import Placement
+from fusedmerge.pristine import Base, given_bases
 from fusedmerge.selection import Mixture, Named, parse, selection_on
 from fusedmerge.weights import Weight, Weights, check_writable, collect, overlap
 
 if TYPE_CHECKING:
     import torch
+
+    from fusedmerge.staging import BankTarget
 
 __all__ = ["Switcher"]
 
@@ -45,10 +48,22 @@ class Switcher:
     moves. Writes are made under no_grad and bump version counters, so that a stale backward raises. Not thread-safe. A Switcher that is
     dropped without `restore` or `close` leaves its mixture in the weights.
 
+    base (exact mode): {weight name: tensor} that hold the pristine values already, in place of a copy: in the weights' dtype; on a GPU also
+    in float32, or as (float8_e4m3fn, float32 scale: one, one per row, or one per 128 x 128 block). Every value must round to the weight's
+    own bits. They must stay as they are while the Switcher lives.
+
     check_finite: `check` also tells whether a weight holds NaN or infinity after a switch (on a GPU the kernel notes it as it writes).
     """
 
-    def __init__(self, weights: Weights, bank: AdapterBank, mode: str = "exact", *, check_finite: bool = False) -> None:
+    def __init__(
+        self,
+        weights: Weights,
+        bank: AdapterBank,
+        mode: str = "exact",
+        *,
+        base: Mapping[str, Any] | None = None,
+        check_finite: bool = False,
+    ) -> None:
         import torch
 
         operation = "Switcher"
@@ -56,6 +71,8 @@ class Switcher:
             raise InvalidTypeError(operation, "bank", "an AdapterBank", type(bank).__name__)
         if mode not in ("exact", "inplace"):
             raise InvalidValueError(operation, "mode", '"exact" or "inplace"', repr(mode))
+        if base is not None and mode != "exact":
+            raise InvalidValueError(operation, "base", 'None in mode "inplace", which has none', type(base).__name__)
         found = collect(weights, operation)
         _warn_of_live_adapters(weights)
         live = check_writable({name: bank.target(name).spec.shape for name in bank.targets}, found, operation)
@@ -68,10 +85,14 @@ class Switcher:
         self._live = live
         self._placement = Placement(weights, {name: found[name] for name in live})
         self._check_unshared(operation)
-        if mode == "exact":
+        self._owns_base = base is None and mode == "exact"
+        bases = given_bases(base, live, operation) if base is not None else {}
+        if self._owns_base:
             require_memory(sum(t.nbytes for t in live.values()), device, operation, "the pristine copy of the adapted weights")
         with torch.inference_mode(False):  # inference tensors could not be written later
-            self._segments = [Segment(w, w.clone() if mode == "exact" else None, bank.target(name)) for name, w in live.items()]
+            if self._owns_base:
+                bases = {name: Base(weight.clone()) for name, weight in live.items()}
+            self._segments = [_segment(weight, bases.get(name), bank.target(name)) for name, weight in live.items()]
             self._engine: Engine | None = make_engine(backend, self._segments, check_finite)
         self._forced = False  # by `invalidate`: the next switch writes
         self._labels: dict[Mixture, Named] = {(): ()}
@@ -147,7 +168,10 @@ class Switcher:
         self._forced = self.mode == "exact"
 
     def refresh(self) -> None:
-        """Take the weights as they are now, with whatever was edited from outside, as the new base. Only while nothing is merged."""
+        """Take the weights as they are now, with whatever was edited from outside, as the new base. Only while nothing is merged, and not
+        with a base that was given."""
+        if self.mode == "exact" and not self._owns_base:
+            raise StateError("refresh", "base", "the Switcher's own copy", "one that was given; build a new Switcher")
         if self.active:
             raise StateError("refresh", "mixture", "none (restore() first; then edit, then refresh())", self.active)
         self._placement.check("refresh")
@@ -180,7 +204,7 @@ class Switcher:
     @property
     def nbytes(self) -> int:
         """Bytes held beside the model and the bank: the pristine copy."""
-        return sum(s.base.nbytes for s in self._segments if s.base is not None)
+        return sum(s.base.nbytes for s in self._segments if s.base is not None) if self._owns_base else 0
 
     def __repr__(self) -> str:
         held = () if self._engine is None else self._engine.mixture
@@ -240,6 +264,10 @@ class Switcher:
             for name, live in self._live.items():
                 if any(overlap(live, tensor) for tensor in theirs[live.untyped_storage().data_ptr()]):
                     raise StateError(operation, name, "weights that no other Switcher has merged", f"weights shared with {other!r}")
+
+
+def _segment(live: torch.Tensor, base: Base | None, factors: BankTarget) -> Segment:
+    return Segment(live, None, factors) if base is None else Segment(live, base.tensor, factors, base.scale)
 
 
 def _warn_of_live_adapters(weights: Weights) -> None:

@@ -112,6 +112,10 @@ def make_engine(name: str, segments: Sequence[Segment], report_non_finite: bool 
     on_device: dict[str, Callable[..., DeviceSwitch]] = {"sim": SimSwitch, "jit": jit.JitSwitch, "aot": aot.AotSwitch}
     if name in on_device:
         return on_device[name](segments, report_non_finite)
+    for segment in segments:
+        if segment.base is not None and segment.base.dtype != segment.live.dtype:
+            expected = f"{segment.live.dtype}, as the weight, on the CPU"
+            raise BackendError("Switcher", f"base of {segment.factors.spec.name}", expected, segment.base.dtype)
     return NativeSwitch(segments) if extension() else TorchSwitch(segments)
 
 

@@ -21,6 +21,7 @@ from fusedmerge.selection import Mixture
 if TYPE_CHECKING:
     import torch
 
+    from fusedmerge.pristine import Scale
     from fusedmerge.staging import BankTarget
 
 __all__ = [
@@ -54,8 +55,9 @@ class Segment:
     """One target in a switch."""
 
     live: torch.Tensor  # [rows, cols], the model's own storage
-    base: torch.Tensor | None  # [rows, cols], the pristine copy; None in inplace mode
+    base: torch.Tensor | None  # [rows, cols], the pristine values; None in inplace mode
     factors: BankTarget
+    scale: Scale | None = None  # of an fp8 base
 
     def experts(self, mixture: Mixture) -> list[Expert]:
         """The mixture's experts on this target, `ordered`."""

@@ -23,6 +23,7 @@ from fusedmerge.backend.params import (
     BAD_ID,
     BF16,
     FLOAT32,
+    FP8,
     FP16,
     MAX_SLOTS,
     NON_FINITE,
@@ -49,7 +50,7 @@ _FLAGS = {
 
 
 def _number(dtype: torch.dtype) -> int:
-    return {"torch.bfloat16": BF16, "torch.float16": FP16, "torch.float32": FLOAT32}[str(dtype)]
+    return {"torch.bfloat16": BF16, "torch.float16": FP16, "torch.float32": FLOAT32, "torch.float8_e4m3fn": FP8}[str(dtype)]
 
 
 def _numbers(segment: Segment) -> Numbers:
@@ -132,7 +133,7 @@ class Group:
 
 
 def _describe(segment: Segment) -> SwitchSegment:
-    live, factors = segment.live, segment.factors
+    live, factors, scale = segment.live, segment.factors, segment.scale
     source = live if segment.base is None else segment.base
     return SwitchSegment(
         live=live.data_ptr(),
@@ -150,8 +151,10 @@ def _describe(segment: Segment) -> SwitchSegment:
         rows=live.shape[0],
         cols=live.shape[1],
         rank=factors.a.shape[1],
-        scale_row_shift=_SINGLE_SCALE,
-        scale_col_shift=_SINGLE_SCALE,
+        source_scale=scale.values.data_ptr() if scale else None,
+        scale_stride=scale.values.stride(0) if scale else 0,
+        scale_row_shift=scale.row_shift if scale else _SINGLE_SCALE,
+        scale_col_shift=scale.col_shift if scale else _SINGLE_SCALE,
     )
 
 
