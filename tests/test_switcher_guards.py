@@ -98,6 +98,17 @@ def test_weights_that_moved_are_refused(move, engine):
     bank.remove("random_0")
 
 
+def test_a_new_parameter_over_the_old_storage_is_the_same_weight():
+    model = nn.Sequential(nn.Linear(5, 6))
+    before = model[0].weight.detach().clone()
+    switcher = fm.Switcher(model, fm.AdapterBank.random(model, 1, 2))
+    model[0].weight = nn.Parameter(model[0].weight.data, requires_grad=False)
+    switcher.switch("random_0")
+    assert not torch.equal(model[0].weight, before)
+    switcher.restore()
+    assert torch.equal(model[0].weight, before)
+
+
 def test_the_mixture_to_come_back_is_kept_in_the_bank():
     weights = kit.make_weights([(9, 31)])
     bank = kit.make_bank(weights)
