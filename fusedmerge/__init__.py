@@ -15,11 +15,19 @@ from fusedmerge.errors import FusedMergeError
 if TYPE_CHECKING:
     from fusedmerge.backend import backends as backends
     from fusedmerge.bank import AdapterBank as AdapterBank
+    from fusedmerge.ops import lora_linear as lora_linear
+    from fusedmerge.ops import route_topk as route_topk
     from fusedmerge.switcher import Switcher as Switcher
 
 __version__ = "0.1.0"
 
-_LAZY = {"AdapterBank": "fusedmerge.bank", "Switcher": "fusedmerge.switcher", "backends": "fusedmerge.backend"}
+_LAZY = {
+    "AdapterBank": "fusedmerge.bank",
+    "Switcher": "fusedmerge.switcher",
+    "backends": "fusedmerge.backend",
+    "lora_linear": "fusedmerge.ops",
+    "route_topk": "fusedmerge.ops",
+}
 
 __all__ = ["FusedMergeError", "__version__", *_LAZY]  # noqa: PLE0604
 
