@@ -32,7 +32,7 @@ def poison(targets) -> None:
 @pytest.mark.parametrize("live", [BF16, FP16, FLOAT32], ids=NAMES.get)
 @pytest.mark.parametrize(
     ("rows", "cols", "rank"),
-    [(1, 1, 4), (1, 4096, 16), (4096, 1, 3), (67, 131, 40), (130, 257, 64), (64, 256, 128), (65, 300, 7), (200, 40, 300)],
+    [(1, 1, 4), (1, 4096, 16), (4096, 1, 3), (67, 131, 40), (130, 257, 64), (64, 256, 128), (65, 300, 7), (200, 40, 300), (66, 24, 512)],
 )
 def test_shapes(lib, rng, rows, cols, rank, live):
     target = make_target(rng, rows, cols, rank=rank, live=live)
