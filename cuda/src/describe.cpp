@@ -2,6 +2,7 @@
 
 #include <cstddef>
 
+#include "fusedmerge/kernel/linear_params.cuh"
 #include "plan.h"
 
 namespace fusedmerge {
@@ -68,6 +69,19 @@ std::string describe_structs() {
     FM_FIELD(PlanResult, shared_bytes);
     FM_FIELD(PlanResult, resident_chunks);
     FM_FIELD(PlanResult, error);
+    FM_FIELD(RouteParams, x);
+    FM_FIELD(RouteParams, router);
+    FM_FIELD(RouteParams, mask);
+    FM_FIELD(RouteParams, ids);
+    FM_FIELD(RouteParams, gates);
+    FM_FIELD(RouteParams, x_stride);
+    FM_FIELD(RouteParams, router_stride);
+    FM_FIELD(RouteParams, cols);
+    FM_FIELD(RouteParams, num_adapters);
+    FM_FIELD(RouteParams, num_slots);
+    FM_FIELD(RouteParams, normalize);
+    FM_FIELD(RouteParams, x_aligned);
+    FM_FIELD(RouteParams, router_aligned);
     return text;
 }
 

@@ -7,7 +7,8 @@
 #if defined(__CUDACC__)  // nvcc and NVRTC
 
 #define FM_DEVICE __device__ __forceinline__
-#define FM_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
+#define FM_KERNEL(threads) FM_KERNEL_OF(threads, 1)
+#define FM_KERNEL_OF(threads, blocks) __global__ void __launch_bounds__(threads, blocks)  // blocks on a multiprocessor at once
 #define FM_UNROLL _Pragma("unroll")
 #define FM_NO_UNROLL _Pragma("unroll 1")
 #define FM_UNROLL_4 _Pragma("unroll 4")
@@ -31,6 +32,8 @@ FM_DEVICE float divide(float x, float y) { return __fdiv_rn(x, y); }
 FM_DEVICE float add(float x, float y) { return __fadd_rn(x, y); }
 FM_DEVICE float fused_multiply_add(float x, float y, float z) { return __fmaf_rn(x, y, z); }
 FM_DEVICE float magnitude(float x) { return fabsf(x); }
+FM_DEVICE float square_root(float x) { return __fsqrt_rn(x); }
+FM_DEVICE float exponential(float x) { return expf(x); }  // to two ulps; the host's last bit may differ
 FM_DEVICE float bits_to_float(unsigned bits) { return __uint_as_float(bits); }
 FM_DEVICE unsigned float_to_bits(float x) { return __float_as_uint(x); }
 }  // namespace fusedmerge
@@ -41,6 +44,7 @@ FM_DEVICE unsigned float_to_bits(float x) { return __float_as_uint(x); }
 
 #define FM_DEVICE inline
 #define FM_KERNEL(threads) void
+#define FM_KERNEL_OF(threads, blocks) void
 #define FM_UNROLL
 #define FM_NO_UNROLL
 #define FM_UNROLL_4
@@ -61,6 +65,8 @@ FM_DEVICE float divide(float x, float y) { return x / y; }
 FM_DEVICE float add(float x, float y) { return x + y; }
 FM_DEVICE float fused_multiply_add(float x, float y, float z) { return __builtin_fmaf(x, y, z); }
 FM_DEVICE float magnitude(float x) { return __builtin_fabsf(x); }
+FM_DEVICE float square_root(float x) { return __builtin_sqrtf(x); }
+FM_DEVICE float exponential(float x) { return __builtin_expf(x); }
 FM_DEVICE float bits_to_float(unsigned bits) { return sim::bits_to_float(bits); }
 FM_DEVICE unsigned float_to_bits(float x) { return sim::float_to_bits(x); }
 }  // namespace fusedmerge

@@ -66,6 +66,26 @@ FM_DEVICE void multiply_accumulate(float (&c)[4], const unsigned (&a)[4], const 
            sim::multiply_accumulate(c, a, b, false));
 }
 
+// ---- lanes and launches ---------------------------------------------------------------------------------------------------------------
+
+// Warp-wide: the value of the lane whose number differs by the mask's bits.
+FM_DEVICE unsigned shuffle_xor(unsigned value, int mask) {
+    unsigned other = 0;
+    FM_PTX(asm volatile("shfl.sync.bfly.b32 %0, %1, %2, 0x1f, 0xffffffff;" : "=r"(other) : "r"(value), "r"(mask)),
+           other = sim::shuffle_xor(value, mask));
+    return other;
+}
+
+// ---- global memory, read by many: it stays in L1 and L2 -------------------------------------------------------------------------------
+
+FM_DEVICE void load_16(unsigned* words, const void* global) {
+    FM_PTX(asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                        : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                        : "l"(global)
+                        : "memory"),
+           sim::load_aligned(words, global, 16, 0));
+}
+
 // ---- global memory, streamed: these bytes are touched once, so they leave L2 first and let the adapters stay ---------------------------
 
 FM_DEVICE unsigned long long evict_first_policy() {

@@ -62,6 +62,16 @@ FM_DEVICE void load_octet(Octet<T>& octet, const T* from, int num_cols, bool ali
     }
 }
 
+// The same for 16-bit values that are read again soon.
+template <class T>
+FM_DEVICE void load_octet(Octet<T>& octet, const T* from, int num_cols, bool aligned) {
+    if (aligned && num_cols >= 8) {
+        load_16(octet.words, from);
+    } else {
+        load_elements(octet, from, num_cols);
+    }
+}
+
 template <class T>
 FM_DEVICE void store_octet(T* to, const Octet<T>& octet, int num_cols, bool aligned, unsigned long long policy) {
     constexpr int kPerWord = Octet<T>::kPerWord;
