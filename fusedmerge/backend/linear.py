@@ -138,9 +138,9 @@ def decode_group(
     routing: Known | Router | None = None,
     source: Norm | Silu | None = None,
 ) -> Applied:
-    """Up to four linears that share x [T, in], T up to 16, in two launches; without adapters and source in one.
+    """Up to four linears that share x [T, in], T up to 16: two launches; one where there is neither adapter nor source.
 
-    routing: None applies no adapter. source: what x is made from, `x` being its input; None: x itself. The targets' adapters are the same N.
+    routing: None applies no adapter. source: how x is made, from the given input; None: it is the input. All targets have the same N.
     """
     where = _launcher(backend, x)
     group = _Group(x, targets, routing, source)
