@@ -37,8 +37,6 @@ SWITCH = Family(("tests/test_sim_switch.py",), "interface")
 LINEAR = Family(("tests/test_sim_linear.py", "tests/test_linear.py"), "kernels_linear")
 LINEAR_FILES = ("route.cuh", "products.cuh", "source.cuh", "prologue.cuh", "gemv.cuh", "lora_linear.cuh")
 FAMILIES = dict.fromkeys(LINEAR_FILES, LINEAR)  # the other files: SWITCH
-    file: LINEAR for file in ("route.cuh", "products.cuh", "source.cuh", "prologue.cuh", "gemv.cuh", "lora_linear.cuh")
-}  # else SWITCH
 
 # (file, text, replacement, what it breaks)
 PROTOCOL = [
