@@ -76,6 +76,14 @@ FM_DEVICE unsigned shuffle_xor(unsigned value, int mask) {
     return other;
 }
 
+// Warp-wide: the value of a lane, which each lane names for itself.
+FM_DEVICE unsigned shuffle(unsigned value, int lane) {
+    unsigned other = 0;
+    FM_PTX(asm volatile("shfl.sync.idx.b32 %0, %1, %2, 0x1f, 0xffffffff;" : "=r"(other) : "r"(value), "r"(lane)),
+           other = sim::shuffle(value, lane));
+    return other;
+}
+
 // ---- global memory, read by many: it stays in L1 and L2 -------------------------------------------------------------------------------
 
 FM_DEVICE void load_16(unsigned* words, const void* global) {
@@ -91,6 +99,13 @@ FM_DEVICE void load_16(unsigned* words, const void* global) {
 FM_DEVICE unsigned long long evict_first_policy() {
     unsigned long long policy = 0;
     FM_PTX(asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy)), (void)policy);
+    return policy;
+}
+
+// For what is read again soon: it stays in L2, and is kept out of L1 alone.
+FM_DEVICE unsigned long long evict_normal_policy() {
+    unsigned long long policy = 0;
+    FM_PTX(asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy)), (void)policy);
     return policy;
 }
 

@@ -1,0 +1,218 @@
+// Grouping: sort (token, expert) pairs by expert, and tokens into tiles, on the device; once for all layers that share ids and gates.
+//
+//   | ids, gates   | [T, k]   | read twice (histogram, scatter); 8 bytes a slot                                        |
+//   | counts       | [chunks, N] | 8 bytes each, written, scanned, read                                                 |
+//   | by position  | [T k]    | token and gate of each pair, ascending (expert, token)                                 |
+//   | by tile      | [tiles, tile_rows k] | the pairs of tile_rows tokens, ascending (expert, row)                     |
+//
+// Four launches of kThreads threads, none of which waits for the host; no atomics: an expert is counted by one thread, in token order.
+//
+//   group_histogram  a block for each chunk of kGroupTokens tokens: pairs of each expert
+//   group_scan       one block: exclusive sums over chunks, then over experts
+//   group_scatter    a block for each chunk: every pair and token to its place
+//   group_tiles      a block for each tile: its pairs by expert (rank by counting)
+//
+// A pair's gate is the sum of the token's gates for that expert, in slot order, at the expert's first slot; a sum of 0 is no pair. Tokens
+// are ordered by their lowest expert, so that a tile meets few experts; tokens without one are in no tile.
+#pragma once
+
+#include "platform.cuh"
+#include "sgmv_params.cuh"
+
+namespace fusedmerge {
+
+constexpr int kLeads = 1 << 16;  // added to the slot's expert where it is the token's lowest
+constexpr int kNoExpert = 0x7fffffff;
+
+// What a block keeps of its chunk, in shared memory: slots [kGroupTokens, k], places [kGroupTokens, k], token_places [kGroupTokens],
+// counts [N].
+struct Chunk {
+    const GroupParams& params;
+    const int num_slots;
+    const int token;    // this thread's
+    int* slots;         // expert, with kLeads; -1 = none
+    int* places;        // position of the pair; -1 = none
+    int* token_places;  // of the token in tile_tokens
+    ExpertCount* counts;
+
+    FM_DEVICE explicit Chunk(const GroupParams& p)
+        : params(p),
+          num_slots(p.groups.num_slots),
+          token(block_index() * kGroupTokens + thread_index()),
+          slots(reinterpret_cast<int*>(shared_memory())),
+          places(slots + kGroupTokens * num_slots),
+          token_places(places + kGroupTokens * num_slots),
+          counts(reinterpret_cast<ExpertCount*>(token_places + kGroupTokens)) {}
+
+    // 0: slot j of this thread's token is no pair.
+    FM_DEVICE float gate(int j) const {
+        const int* ids = params.ids + static_cast<long long>(token) * num_slots;
+        const float* gates = params.gates + static_cast<long long>(token) * num_slots;
+        const int id = ids[j];
+        if (id < 0 || id >= params.num_adapters) return 0.0f;
+        for (int i = 0; i < j; ++i) {
+            if (ids[i] == id) return 0.0f;
+        }
+        float sum = 0.0f;
+        for (int i = j; i < num_slots; ++i) {
+            if (ids[i] == id) sum = add(sum, gates[i]);
+        }
+        return sum;
+    }
+
+    FM_DEVICE void load_slots() {
+        int lowest = kNoExpert;
+        for (int j = 0; j < num_slots; ++j) {
+            const bool used = token < params.num_tokens && gate(j) != 0.0f;
+            const int id = used ? params.ids[static_cast<long long>(token) * num_slots + j] : -1;
+            slots[thread_index() * num_slots + j] = id;
+            if (used && id < lowest) lowest = id;
+        }
+        for (int j = 0; j < num_slots; ++j) {
+            int& slot = slots[thread_index() * num_slots + j];
+            if (slot == lowest) slot += kLeads;
+        }
+    }
+
+    // This thread's experts are those that equal its index modulo kThreads. Counts their pairs in token order; places are where the count
+    // stood before.
+    FM_DEVICE void walk(bool place) {
+        FM_UNROLL_4
+        for (int i = 0; i < kGroupTokens * num_slots; ++i) {
+            const int slot = slots[i];
+            if (slot < 0 || slot % kThreads != thread_index()) continue;
+            ExpertCount& count = counts[slot % kLeads];
+            if (place) places[i] = count.pairs;
+            ++count.pairs;
+            if (slot >= kLeads) {
+                if (place) token_places[i / num_slots] = count.tokens;
+                ++count.tokens;
+            }
+        }
+    }
+};
+
+FM_DEVICE void run_group_histogram(const GroupParams& params) {
+    Chunk chunk(params);
+    chunk.load_slots();
+    for (int e = thread_index(); e < params.num_adapters; e += kThreads) chunk.counts[e] = {0, 0};
+    block_barrier();  // every thread's slots are there
+    chunk.walk(false);
+    ExpertCount* counts = params.counts + static_cast<long long>(block_index()) * params.num_adapters;
+    for (int e = thread_index(); e < params.num_adapters; e += kThreads) counts[e] = chunk.counts[e];
+}
+
+// counts[chunk][e] := pairs and tokens of e in all chunks before; returns those of all chunks.
+FM_DEVICE ExpertCount scan_chunks(const GroupParams& params, int e) {
+    const int num_chunks = (params.num_tokens + kGroupTokens - 1) / kGroupTokens;
+    ExpertCount sum = {0, 0};
+    constexpr int kAhead = 8;  // loads in flight
+    for (int first = 0; first < num_chunks; first += kAhead) {
+        ExpertCount ahead[kAhead];
+        FM_UNROLL
+        for (int i = 0; i < kAhead; ++i) {
+            if (first + i < num_chunks) ahead[i] = params.counts[static_cast<long long>(first + i) * params.num_adapters + e];
+        }
+        FM_UNROLL
+        for (int i = 0; i < kAhead; ++i) {
+            if (first + i >= num_chunks) break;
+            params.counts[static_cast<long long>(first + i) * params.num_adapters + e] = sum;
+            sum.pairs += ahead[i].pairs;
+            sum.tokens += ahead[i].tokens;
+        }
+    }
+    return sum;
+}
+
+FM_DEVICE void run_group_scan(const GroupParams& params) {
+    ExpertStart* sums = reinterpret_cast<ExpertStart*>(shared_memory());  // [kThreads] of each thread's expert
+    ExpertStart base = {0, 0, 0, 0};
+    for (int first = 0; first < params.num_adapters; first += kThreads) {
+        const int e = first + thread_index();
+        const bool exists = e < params.num_adapters;
+        const ExpertCount count = exists ? scan_chunks(params, e) : ExpertCount{0, 0};
+        block_barrier();  // the last strip's sums have been read
+        sums[thread_index()] = {count.pairs, count.tokens, (count.pairs + kShrinkPairs - 1) / kShrinkPairs, 0};
+        block_barrier();  // this strip's are there
+        ExpertStart start = base;
+        for (int i = 0; i < kThreads; ++i) {
+            const ExpertStart sum = sums[i];
+            base = {base.pair + sum.pair, base.token + sum.token, base.group + sum.group, 0};
+            if (i < thread_index()) start = base;
+        }
+        if (exists) params.starts[e] = {start.pair, start.token, start.group, count.pairs};
+    }
+    if (thread_index() == 0) *params.groups.totals = {base.pair, base.token, base.group, 0};
+}
+
+FM_DEVICE void run_group_scatter(const GroupParams& params) {
+    Chunk chunk(params);
+    const Groups& groups = params.groups;
+    chunk.load_slots();
+    const ExpertCount* before = params.counts + static_cast<long long>(block_index()) * params.num_adapters;
+    for (int e = thread_index(); e < params.num_adapters; e += kThreads) {
+        const ExpertStart start = params.starts[e];
+        chunk.counts[e] = {start.pair + before[e].pairs, start.token + before[e].tokens};
+    }
+    block_barrier();  // every thread's slots are there
+    chunk.walk(true);
+    block_barrier();  // every pair has its place
+    if (chunk.token >= params.num_tokens) return;
+    for (int j = 0; j < chunk.num_slots; ++j) {
+        const int slot = chunk.slots[thread_index() * chunk.num_slots + j];
+        const int position = slot < 0 ? -1 : chunk.places[thread_index() * chunk.num_slots + j];
+        params.positions[static_cast<long long>(chunk.token) * chunk.num_slots + j] = position;
+        if (slot < 0) continue;
+        groups.pair_tokens[position] = chunk.token;
+        groups.pair_gates[position] = chunk.gate(j);
+        const int expert = slot % kLeads;
+        const ExpertStart start = params.starts[expert];
+        const int local = position - start.pair;
+        const int left = start.count - local;
+        if (local % kShrinkPairs == 0) {
+            groups.shrink_groups[start.group + local / kShrinkPairs] = {expert, position, left < kShrinkPairs ? left : kShrinkPairs, 0};
+        }
+        if (slot >= kLeads) groups.tile_tokens[chunk.token_places[thread_index()]] = chunk.token;
+    }
+}
+
+FM_DEVICE void run_group_tiles(const GroupParams& params) {
+    const Groups& groups = params.groups;
+    const int num_slots = groups.num_slots;
+    const int first = block_index() * groups.tile_rows;
+    const int left = groups.totals->tokens - first;
+    const int count = (left < groups.tile_rows ? left : groups.tile_rows) * num_slots;
+    int* experts = reinterpret_cast<int*>(shared_memory());  // [tile_rows, k]
+    for (int i = thread_index(); i < count; i += kThreads) {
+        const long long slot = static_cast<long long>(groups.tile_tokens[first + i / num_slots]) * num_slots + i % num_slots;
+        experts[i] = params.positions[slot] < 0 ? kNoExpert : params.ids[slot];
+    }
+    block_barrier();  // every slot's expert is there
+    for (int i = thread_index(); i < count; i += kThreads) {
+        const int expert = experts[i];
+        if (expert == kNoExpert) continue;
+        int place = 0;
+        int run = 0;
+        FM_UNROLL_4
+        for (int other = 0; other < count; ++other) {
+            const bool same = experts[other] == expert;
+            place += experts[other] < expert || (same && other < i);
+            run += same && other >= i;
+        }
+        const long long slot = static_cast<long long>(groups.tile_tokens[first + i / num_slots]) * num_slots + i % num_slots;
+        groups.tile_pairs[static_cast<long long>(first) * num_slots + place] = {expert, run, i / num_slots, params.positions[slot]};
+    }
+    if (thread_index() == 0) {
+        int pairs = 0;
+        for (int i = 0; i < count; ++i) pairs += experts[i] != kNoExpert;
+        groups.tile_counts[block_index()] = pairs;
+    }
+}
+
+// Shared memory of a block; `num_slots` and `num_adapters` are the launch's k and N.
+constexpr int group_chunk_bytes(int num_slots, int num_adapters) {
+    return kGroupTokens * (2 * num_slots + 1) * static_cast<int>(sizeof(int)) + num_adapters * static_cast<int>(sizeof(ExpertCount));
+}
+constexpr int kGroupScanBytes = kThreads * static_cast<int>(sizeof(ExpertStart));
+
+}  // namespace fusedmerge
