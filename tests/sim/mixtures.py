@@ -52,6 +52,10 @@ class Batch:
     scaling: torch.Tensor | None  # float32 [N]
     ranks: torch.Tensor | None = None  # int32 [N]
 
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on a device."""
+        return Batch(**{field: None if value is None else value.to(device) for field, value in vars(self).items()})
+
     def run(self, on=None, backend: str = "sim", groups: sgmv.Groups | None = None) -> torch.Tensor:
         """y after `add_to_targets` on a copy of it with the same strides."""
         whole = self.y if self.y._base is None else self.y._base

@@ -12,6 +12,8 @@
 //   group_scatter    a block for each chunk: every pair and token to its place
 //   group_tiles      a block for each tile: its pairs by expert (rank by counting)
 //
+// Shared memory of a block: 4 kGroupTokens (2 k + 1) + 8 N bytes (histogram, scatter), 16 kThreads (scan), 4 tile_rows k (tiles).
+//
 // A pair's gate is the sum of the token's gates for that expert, in slot order, at the expert's first slot; a sum of 0 is no pair. Tokens
 // are ordered by their lowest expert, so that a tile meets few experts; tokens without one are in no tile.
 #pragma once
@@ -208,11 +210,5 @@ FM_DEVICE void run_group_tiles(const GroupParams& params) {
         groups.tile_counts[block_index()] = pairs;
     }
 }
-
-// Shared memory of a block; `num_slots` and `num_adapters` are the launch's k and N.
-constexpr int group_chunk_bytes(int num_slots, int num_adapters) {
-    return kGroupTokens * (2 * num_slots + 1) * static_cast<int>(sizeof(int)) + num_adapters * static_cast<int>(sizeof(ExpertCount));
-}
-constexpr int kGroupScanBytes = kThreads * static_cast<int>(sizeof(ExpertStart));
 
 }  // namespace fusedmerge

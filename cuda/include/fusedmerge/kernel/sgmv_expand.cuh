@@ -213,7 +213,4 @@ FM_DEVICE void run_sgmv_expand(const SgmvParams& params) {
     }
 }
 
-// Shared memory of a block.
-constexpr int expand_bytes(int tile_rows) { return tile_rows * kExpandCols * static_cast<int>(sizeof(float)); }
-
 }  // namespace fusedmerge
