@@ -46,7 +46,6 @@ PROTOCOL = [
     ("group.cuh", "if (used && id < lowest) lowest = id;", "if (used) lowest = id;", "tokens are ordered by their last expert"),
     ("group.cuh", "(same && other < i)", "false", "an expert's pairs share one place in a tile"),
     ("sgmv_shrink.cuh", "const bool split = params.num_parts > 1;", "const bool split = false;", "every part is the sum of all"),
-    ("sgmv_shrink.cuh", "r < rank ? total[tile][half][i % 4] : 0.0f", "total[tile][half][i % 4]", "ranks that do not exist reach z"),
     ("sgmv_shrink.cuh", "clear(chain);", "", "a part begins with the one before"),
     ("sgmv_expand.cuh", "multiply_accumulate(products[tile], fragment, {low[word], low[word + 1]}, Number{});", "", "z has 16 bits"),
     ("sgmv_expand.cuh", "find_scales(size, scale, inverse);", "scale = inverse = 1.0f;", "z leaves the range of fp16"),

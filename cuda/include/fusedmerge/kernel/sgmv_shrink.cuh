@@ -63,7 +63,7 @@ struct ShrinkWarp {
         store(z_part);
     }
 
-    // Where there is no such rank or pair, an existing one's row is read: its products are not stored.
+    // Where there is no such rank or pair, the first one's row is read.
     FM_DEVICE void find_rows() {
         const Number* a = static_cast<const Number*>(target.a) + group.expert * target.a_adapter_stride;
         FM_UNROLL
@@ -132,7 +132,7 @@ struct ShrinkWarp {
         }
     }
 
-    // Ranks from the expert's own on, up to the next multiple of 16, are zero.
+    // Ranks from the expert's own on, up to the next multiple of 16, repeat its first one here: the expand meets them with zeros.
     FM_DEVICE void store(int z_part) {
         float* z = target.z + (static_cast<long long>(z_part) * params.num_pairs + group.position) * target.z_stride;
         FM_UNROLL
@@ -140,7 +140,7 @@ struct ShrinkWarp {
             const int tile = i / 4 / kHalves, half = i / 4 % kHalves;
             const int pair = 8 * half + 2 * lane_quad + i % 2;
             const int r = first_rank + 16 * tile + i % 4 / 2 * 8 + lane_row;
-            if (tile < num_tiles && pair < group.count) z[pair * target.z_stride + r] = r < rank ? total[tile][half][i % 4] : 0.0f;
+            if (tile < num_tiles && pair < group.count) z[pair * target.z_stride + r] = total[tile][half][i % 4];
         }
     }
 };
