@@ -60,7 +60,7 @@ def test_kernels_are_named_as_the_library_names_them(rng, monkeypatch, sim_libra
 def test_the_headers_constants_are_the_mirrors():
     text = (compiler.header_root() / "fusedmerge/kernel/sgmv_params.cuh").read_text()
     stated = {"kShrinkPairs": sgmv_params.SHRINK_PAIRS, "kShrinkRanks": sgmv_params.SHRINK_RANKS, "kPartCols": sgmv_params.PART_COLS}
-    stated |= {"kExpandCols": sgmv_params.EXPAND_COLS, "kMaxTargets": sgmv_params.MAX_TARGETS}
+    stated |= {"kExpandCols": sgmv_params.EXPAND_COLS, "kSgmvTargets": sgmv_params.MAX_TARGETS}
     for constant, value in stated.items():
         assert f"constexpr int {constant} = {value};" in text
     assert sgmv_params.GROUP_TOKENS == params.THREADS and "kGroupTokens = kThreads;" in text

@@ -43,7 +43,7 @@ class Kernel:
     def source(self) -> str:
         """CUDA C++."""
         bounds = f"FM_KERNEL_OF({self.threads}, {self.blocks})"
-        entry = f'extern "C" {bounds} {ENTRY}(const {self.params} params) {{ {self.call}(params); }}\n'
+        entry = f'extern "C" {bounds} {ENTRY}(const FM_GRID_CONSTANT {self.params} params) {{ {self.call}(params); }}\n'
         return f'#include "fusedmerge/kernel/{self.header}"\nusing namespace fusedmerge;\n{entry}'
 
 

@@ -26,7 +26,7 @@ GROUP_TOKENS = 256  # kGroupTokens
 SHRINK_PAIRS, SHRINK_RANKS, PART_COLS = 16, 64, 512  # kShrinkPairs, kShrinkRanks, kPartCols
 EXPAND_COLS = 256  # kExpandCols
 RANK_STEP = 16  # kRankStep
-MAX_TARGETS = 4  # kMaxTargets
+MAX_TARGETS = 4  # kSgmvTargets
 Y_ALIGNED, SHRINK_ALIGNED, EXPAND_ALIGNED = 1, 2, 4  # SgmvFlags
 
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong

@@ -99,6 +99,8 @@ int fm_sim_kernel(const char* name, const void* params, int params_bytes, int gr
     return last_error.empty() ? 0 : 1;
 }
 
+void fm_sim_hide(void* from, long long num_bytes) { sim::hide(from, num_bytes); }
+
 const char* fm_sim_error() { return last_error.c_str(); }
 
 int fm_sim_shared_bytes(int factor) {

@@ -75,6 +75,12 @@ struct Block {
     std::vector<int> order;
 };
 
+// Bytes that a launch does not see before grid_wait.
+struct Hidden {
+    unsigned char* at;
+    std::vector<unsigned char> bytes;
+};
+
 struct Machine {
     Entry entry = nullptr;
     const void* argument = nullptr;
@@ -88,6 +94,7 @@ struct Machine {
     jmp_buf home_point;
     const void* home_stack = nullptr;
     size_t home_stack_bytes = 0;
+    bool waited = false;
 };
 
 extern thread_local Machine* machine;

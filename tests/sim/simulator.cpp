@@ -20,6 +20,7 @@ void fail(const std::string& message) {
 namespace {
 
 thread_local std::vector<std::unique_ptr<Stack>> spare_stacks;
+thread_local std::vector<Hidden> hidden;  // by the next launch
 
 // ---- switching between fibers: ucontext to start one; setjmp afterwards, which makes no system call (under ASan, ucontext throughout)
 
@@ -183,6 +184,7 @@ std::string launch(Entry entry, const void* argument, int num_blocks, int num_th
     state.num_threads = num_threads;
     state.options = options;
     state.random.seed(options.seed);
+    for (Hidden& region : hidden) std::memset(region.at, 0xff, region.bytes.size());
     std::vector<std::unique_ptr<Block>> resident;
     int next_block = 0;
     while (state.error.empty()) {
@@ -198,8 +200,21 @@ std::string launch(Entry entry, const void* argument, int num_blocks, int num_th
             resident.erase(resident.begin() + static_cast<long>(pick));
         }
     }
+    grid_wait();  // for a kernel that never did
+    hidden.clear();
     machine = nullptr;
     return state.error;
+}
+
+void hide(void* from, long long num_bytes) {
+    auto* at = static_cast<unsigned char*>(from);
+    hidden.push_back({at, std::vector<unsigned char>(at, at + num_bytes)});
+}
+
+void grid_wait() {
+    if (machine->waited) return;
+    machine->waited = true;
+    for (const Hidden& region : hidden) std::memcpy(region.at, region.bytes.data(), region.bytes.size());
 }
 
 int thread_index() { return self().thread; }

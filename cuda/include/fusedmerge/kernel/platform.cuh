@@ -14,6 +14,12 @@
 #define FM_UNROLL_2 _Pragma("unroll 2")
 #define FM_UNROLL_4 _Pragma("unroll 4")
 #define FM_PTX(device, host) device
+#if __CUDA_ARCH__ >= 900
+#define FM_PTX_90(device, host) device
+#else
+#define FM_PTX_90(device, host)
+#endif
+#define FM_GRID_CONSTANT __grid_constant__
 
 namespace fusedmerge {
 FM_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
@@ -52,6 +58,8 @@ FM_DEVICE unsigned float_to_bits(float x) { return __float_as_uint(x); }
 #define FM_UNROLL_2
 #define FM_UNROLL_4
 #define FM_PTX(device, host) host
+#define FM_PTX_90(device, host) host
+#define FM_GRID_CONSTANT
 
 namespace fusedmerge {
 FM_DEVICE int thread_index() { return sim::thread_index(); }

@@ -33,6 +33,15 @@ FM_DEVICE void copy_async_16(void* shared, const void* global, int num_bytes) {
            sim::copy_async(shared, global, 16, num_bytes));
 }
 
+// The same for bytes that are touched once (evict_first_policy).
+FM_DEVICE void stream_async_16(void* shared, const void* global, int num_bytes, unsigned long long policy) {
+    FM_PTX(asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(
+                            static_cast<unsigned>(__cvta_generic_to_shared(shared))),
+                        "l"(global), "r"(num_bytes), "l"(policy)
+                        : "memory"),
+           ((void)policy, sim::copy_async(shared, global, 16, num_bytes)));
+}
+
 FM_DEVICE void copy_async_commit() { FM_PTX(asm volatile("cp.async.commit_group;" ::: "memory"), sim::copy_async_commit()); }
 
 // Waits until at most `kPending` of this thread's newest groups are unfinished. Other threads see the data after a block barrier.
@@ -84,6 +93,11 @@ FM_DEVICE unsigned shuffle(unsigned value, int lane) {
     return other;
 }
 
+// Programmatic launches. What the stream's earlier kernels wrote may be read, and anything be written, only after grid_wait; the next
+// kernel may start once every block of this one has called launch_dependents or ended. Without a programmatic launch both do nothing.
+FM_DEVICE void grid_wait() { FM_PTX_90(asm volatile("griddepcontrol.wait;" ::: "memory"), sim::grid_wait()); }
+FM_DEVICE void launch_dependents() { FM_PTX_90(asm volatile("griddepcontrol.launch_dependents;" ::: "memory"), (void)0); }
+
 // ---- global memory, read by many: it stays in L1 and L2 -------------------------------------------------------------------------------
 
 FM_DEVICE void load_16(unsigned* words, const void* global) {
@@ -92,6 +106,12 @@ FM_DEVICE void load_16(unsigned* words, const void* global) {
                         : "l"(global)
                         : "memory"),
            sim::load_aligned(words, global, 16, 0));
+}
+
+FM_DEVICE void store_16(void* global, const unsigned* words) {
+    FM_PTX(asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+                        : "memory"),
+           sim::store_aligned(global, words, 16, 0));
 }
 
 // ---- global memory, streamed: these bytes are touched once, so they leave L2 first and let the adapters stay ---------------------------

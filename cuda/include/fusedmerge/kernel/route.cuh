@@ -114,9 +114,9 @@ FM_DEVICE void run_route(const RouteParams& params) {
     bool real = params.mask == nullptr || params.mask[token] != 0;
     const T* x = static_cast<const T*>(params.x) + token * params.x_stride;
     for (int n = warp; real && n < params.num_adapters; n += kWarps) {
-        auto load_x = [&](Octet<T>& octet, int col) { load_octet(octet, x + col, params.cols - col, params.x_aligned != 0); };
+        auto load_x = [&](Octet<T>& octet, int col) { load_octet(octet, x + col, params.cols - col, (params.flags & kXAligned) != 0); };
         const T* row = static_cast<const T*>(params.router) + n * params.router_stride;
-        float logit = router_logit(load_x, row, params.cols, params.router_aligned != 0);
+        float logit = router_logit(load_x, row, params.cols, (params.flags & kRouterAligned) != 0);
         if (thread_index() % kWarpLanes == 0) logits[n] = logit;
     }
     block_barrier();  // all logits are in shared memory

@@ -14,7 +14,7 @@ constexpr int kWarpCols = 32;           // columns of y that a warp expands
 constexpr int kExpandCols = 256;        // columns that a block expands
 constexpr int kExpandRanks = 64;        // ranks that it holds in registers at a time
 constexpr int kExpandBlocks = 2;        // of a multiprocessor at once
-constexpr int kMaxTargets = 4;          // of one launch: they share x
+constexpr int kSgmvTargets = 4;         // of one launch: they share x
 
 // Bits of SgmvTarget::flags and SgmvParams::x_aligned: where 16-byte accesses are aligned in every row.
 enum SgmvFlags { kYAligned = 1, kShrinkAligned = 2, kExpandAligned = 4 };
@@ -107,7 +107,7 @@ struct SgmvParams {
     int num_pairs;       // T k: rows of a part of z
     int num_parts;       // of z: all of in's, for sgmv_sum to add, or 1 where the shrink adds them itself
     int num_targets;     // of this launch
-    SgmvTarget targets[kMaxTargets];
+    SgmvTarget targets[kSgmvTargets];
 };
 
 }  // namespace fusedmerge
