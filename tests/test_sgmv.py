@@ -38,7 +38,7 @@ def make_batch(rng, *shape, **options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_values(name, rng, dtype):
     batch = make_batch(rng, 60, 200, 130, 20, dtype=dtype)
-    mixtures.check(batch, batch.run(backend=name))
+    mixtures.check(batch, batch.run(name))
 
 
 def test_one_call_for_one_matrix(name, rng):
@@ -83,7 +83,7 @@ def test_kernels_compile_just_in_time(tmp_path, monkeypatch):
 @pytest.mark.parametrize("popularity", mixtures.POPULARITIES)
 def test_a_prefill(on_gpu, rng, popularity):
     batch = make_batch(rng, 2000, 1000, 1400, 64, adapters=64, popularity=popularity)
-    mixtures.check(batch, batch.run(backend=on_gpu))
+    mixtures.check(batch, batch.run(on_gpu))
 
 
 @pytest.mark.parametrize(("tokens", "slots", "adapters"), [(16384, 8, 4096), (5000, 2, 8), (17, 32, 4096)])
@@ -116,11 +116,11 @@ def test_a_graph_groups_and_adds_whatever_the_ids_then_are(on_gpu, rng):
 
 def test_nothing_waits_for_the_device(on_gpu, rng):
     batch = make_batch(rng, 300, 520, 264, 33)
-    batch.run(backend=on_gpu)
+    batch.run(on_gpu)
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda.set_sync_debug_mode("error")
         try:
-            y = batch.run(backend=on_gpu)
+            y = batch.run(on_gpu)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         torch.cuda.current_stream().synchronize()
@@ -130,18 +130,18 @@ def test_nothing_waits_for_the_device(on_gpu, rng):
 def test_the_same_bits_every_time(on_gpu, rng):
     """Any order in which the device runs warps; and a token alone."""
     batch = make_batch(rng, 700, 1100, 520, 40, slots=3, adapters=11)
-    first = batch.run(backend=on_gpu)
+    first = batch.run(on_gpu)
     for _ in range(20):
-        assert torch.equal(batch.run(backend=on_gpu), first)
+        assert torch.equal(batch.run(on_gpu), first)
     for t in (0, 350, 699):
         alone = mixtures.Batch(*(field[t : t + 1] if i in (0, 1, 4, 5) else field for i, field in enumerate(vars(batch).values())))
-        assert torch.equal(alone.run(backend=on_gpu), first[t : t + 1])
+        assert torch.equal(alone.run(on_gpu), first[t : t + 1])
 
 
 def test_the_simulator_is_near(on_gpu, rng, monkeypatch, sim_library):
     """Its twin of mma stands for these tensor cores: nearly every bit is the same."""
     monkeypatch.setenv("FUSEDMERGE_SIM_LIB", sim_library)
     batch = make_batch(rng, 60, 1100, 200, 40)
-    ours = batch.run(backend=on_gpu).cpu()
+    ours = batch.run(on_gpu).cpu()
     theirs = batch.to("cpu").run()
     assert np.mean((ours == theirs).numpy()) > 0.999

@@ -58,7 +58,7 @@ def bits(tensor):
 def test_groups(rng, popularity, tokens, slots, adapters, order):
     batch = make_batch(rng, tokens, 1, 1, 1, slots=slots, adapters=adapters, popularity=popularity)
     batch.gates[5] = 0.0
-    groups = sgmv.group_tokens("sim", batch.ids, batch.gates, adapters, on=Device(order, seed=order))
+    groups = sgmv.group_tokens(Device(order, seed=order), batch.ids, batch.gates, adapters)
     mixtures.check_groups(groups, batch.ids, batch.gates)
 
 
@@ -182,7 +182,7 @@ def test_no_adapter_at_all(rng):
     for ids, gates, a in ((*empty, batch.a), (batch.ids, batch.gates, batch.a[:0])):
         device = Device()
         y = batch.y.clone()
-        sgmv.add_adapters("sim", y, batch.x, a, batch.b[: len(a)], ids, gates, on=device)
+        sgmv.add_adapters(device, y, batch.x, a, batch.b[: len(a)], ids, gates)
         assert bits(y) == bits(batch.y) and device.launches == []
 
 
@@ -214,7 +214,7 @@ def test_columns_of_packed_outputs(rng, odd):
         batches.append((own, at))
         at += width + 8
     device = Device()
-    sgmv.add_to_targets("sim", base.x, targets, sgmv.group_tokens("sim", base.ids, base.gates, 4, on=device), on=device)
+    sgmv.add_to_targets(device, base.x, targets, sgmv.group_tokens(device, base.ids, base.gates, 4))
     assert device.launches[4:] == ["sgmv_shrink_bf16", "sgmv_expand_bf16"]
     for own, first in batches:
         check(own, packed[:, first : first + own.y.shape[1]])

@@ -82,7 +82,7 @@ class Target(NamedTuple):
     ranks: torch.Tensor | None = None  # int32 [N], at most r; None: r each. Beyond an adapter's rank nothing is read
 
 
-def group_tokens(backend: str, ids: torch.Tensor, gates: torch.Tensor, num_adapters: int, *, on: Launcher | None = None) -> Groups:
+def group_tokens(backend: str | Launcher, ids: torch.Tensor, gates: torch.Tensor, num_adapters: int) -> Groups:
     """Sort tokens by expert, on the device: four launches.
 
     ids int32 [T, k] (outside [0, N): no expert), gates float32 [T, k], both contiguous. A token's equal ids count once, with the sum of
@@ -95,7 +95,7 @@ def group_tokens(backend: str, ids: torch.Tensor, gates: torch.Tensor, num_adapt
         if got > most:
             what = "adapters" if field == "a" else "slots of a token"
             raise InvalidValueError("lora_linear", field, f"at most {most} {what} (on this backend)", got)
-    on = on or launcher(backend, ids.device)
+    on = _launcher(backend, ids)
     rows = _tile_rows(num_tokens, num_slots, on.shared_bytes_limit)
     groups = Groups(DeviceGroups(tile_rows=rows, num_slots=num_slots), ids, num_tokens, num_slots, num_adapters)
     pairs, chunks = groups.num_pairs, _ceil(num_tokens, GROUP_TOKENS)
@@ -120,7 +120,7 @@ def group_tokens(backend: str, ids: torch.Tensor, gates: torch.Tensor, num_adapt
 
 
 def add_adapters(
-    backend: str,
+    backend: str | Launcher,
     y: torch.Tensor,
     x: torch.Tensor,
     a: torch.Tensor,
@@ -129,19 +129,16 @@ def add_adapters(
     gates: torch.Tensor,
     scaling: torch.Tensor | None = None,
     groups: Groups | None = None,
-    *,
-    on: Launcher | None = None,
 ) -> None:
     """y[t] += sum_j gates[t, j] * scaling[ids[t, j]] * B[ids[t, j]] (A[ids[t, j]] x[t]), with one rounding.
 
     y [T, out], x [T, in], a [N, r, in], b [N, out, r], ids int32 [T, k], gates float32 [T, k], scaling float32 [N]; `groups`: what
     `group_tokens` made of these ids and gates for these N. Raises as `group_tokens` and `add_to_targets`.
     """
-    groups = groups or group_tokens(backend, ids, gates, len(a), on=on)
-    add_to_targets(backend, x, [Target(y, a, b, scaling)], groups, on=on)
+    add_to_targets(backend, x, [Target(y, a, b, scaling)], groups or group_tokens(backend, ids, gates, len(a)))
 
 
-def add_to_targets(backend: str, x: torch.Tensor, targets: Sequence[Target], groups: Groups, *, on: Launcher | None = None) -> None:
+def add_to_targets(backend: str | Launcher, x: torch.Tensor, targets: Sequence[Target], groups: Groups) -> None:
     """The same for several matrices that share x [T, in] (q, k, v; gate, up): two or three launches for each MAX_TARGETS of them.
 
     Raises InvalidValueError where `groups` were made for other tokens or adapters.
@@ -156,7 +153,7 @@ def add_to_targets(backend: str, x: torch.Tensor, targets: Sequence[Target], gro
     if not targets or not groups.num_pairs:
         return
     torch.autograd.graph.increment_version([target.y for target in targets])
-    on = on or launcher(backend, x.device)
+    on = _launcher(backend, x)
     for first in range(0, len(targets), MAX_TARGETS):
         _launch(on, x, targets[first : first + MAX_TARGETS], groups)
 
@@ -203,6 +200,10 @@ def _describe(target: Target, x: torch.Tensor, z: int, z_stride: int) -> SgmvTar
         z_stride=z_stride,
         flags=_aligned(y) * Y_ALIGNED | (_aligned(x) and _aligned(a)) * SHRINK_ALIGNED | _aligned(b) * EXPAND_ALIGNED,
     )
+
+
+def _launcher(backend: str | Launcher, x: torch.Tensor) -> Launcher:
+    return launcher(backend, x.device) if isinstance(backend, str) else backend
 
 
 def _aligned(tensor: torch.Tensor) -> bool:

@@ -10,6 +10,7 @@ import torch
 
 from fusedmerge import reference
 from fusedmerge.backend import sgmv
+from fusedmerge.backend.kernels import Launcher
 from fusedmerge.backend.sgmv_params import SHRINK_PAIRS
 
 POPULARITIES = ("distinct", "uniform", "zipf", "skewed", "identical")
@@ -56,12 +57,12 @@ class Batch:
         """The same batch on a device."""
         return Batch(**{field: None if value is None else value.to(device) for field, value in vars(self).items()})
 
-    def run(self, on=None, backend: str = "sim", groups: sgmv.Groups | None = None) -> torch.Tensor:
+    def run(self, backend: str | Launcher = "sim", groups: sgmv.Groups | None = None) -> torch.Tensor:
         """y after `add_to_targets` on a copy of it with the same strides."""
         whole = self.y if self.y._base is None else self.y._base
         y = whole.clone().as_strided(self.y.shape, self.y.stride(), self.y.storage_offset() - whole.storage_offset())
-        groups = groups or sgmv.group_tokens(backend, self.ids, self.gates, len(self.a), on=on)
-        sgmv.add_to_targets(backend, self.x, [sgmv.Target(y, self.a, self.b, self.scaling, self.ranks)], groups, on=on)
+        groups = groups or sgmv.group_tokens(backend, self.ids, self.gates, len(self.a))
+        sgmv.add_to_targets(backend, self.x, [sgmv.Target(y, self.a, self.b, self.scaling, self.ranks)], groups)
         return y
 
 

@@ -16,7 +16,7 @@ constexpr int kExpandRanks = 64;        // ranks that it holds in registers at a
 constexpr int kExpandBlocks = 2;        // of a multiprocessor at once
 constexpr int kSgmvTargets = 4;         // of one launch: they share x
 
-// Bits of SgmvTarget::flags and SgmvParams::x_aligned: where 16-byte accesses are aligned in every row.
+// Bits of SgmvTarget::flags: where 16-byte accesses are aligned in every row of y, of x and a, of b.
 enum SgmvFlags { kYAligned = 1, kShrinkAligned = 2, kExpandAligned = 4 };
 
 // Up to kShrinkPairs pairs of one expert, at neighbouring positions of the order by expert.
