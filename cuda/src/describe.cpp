@@ -87,6 +87,10 @@ std::string describe_structs() {
     FM_FIELD(GroupParams, positions);
     FM_FIELD(GroupParams, num_tokens);
     FM_FIELD(GroupParams, num_adapters);
+    FM_FIELD(GroupParams, num_indices);
+    FM_FIELD(GroupParams, lowest_buckets);
+    FM_FIELD(GroupParams, second_buckets);
+    FM_FIELD(GroupParams, reserved);
     FM_FIELD(SgmvTarget, y);
     FM_FIELD(SgmvTarget, a);
     FM_FIELD(SgmvTarget, b);

@@ -8,8 +8,9 @@ Nothing waits for the device, and every size that the host uses is a bound that 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from fusedmerge.backend.compiler import Kernel
@@ -43,6 +44,7 @@ _WARPS = 8  # of a block
 _MAX_TILE_ROWS = 96
 _MAX_TILE_SLOTS = 1024  # a tile's slots are ordered by counting
 _ROW_BYTES = 4 * EXPAND_COLS  # of shared memory for a row of a tile
+_MAX_BUCKETS = 64  # squared: MAX_ADAPTERS
 _WAVES = 32  # blocks of a grid for each multiprocessor at most; blocks walk the rest
 
 
@@ -55,6 +57,7 @@ class Groups:
     num_tokens: int  # T
     num_slots: int  # k
     num_adapters: int  # N
+    buckets: tuple[int, int]  # of a token's lowest and second lowest expert: tokens are ordered by them
 
     @property
     def num_pairs(self) -> int:
@@ -97,26 +100,29 @@ def group_tokens(backend: str | Launcher, ids: torch.Tensor, gates: torch.Tensor
             raise InvalidValueError("lora_linear", field, f"at most {most} {what} (on this backend)", got)
     on = _launcher(backend, ids)
     rows = _tile_rows(num_tokens, num_slots, on.shared_bytes_limit)
-    groups = Groups(DeviceGroups(tile_rows=rows, num_slots=num_slots), ids, num_tokens, num_slots, num_adapters)
+    buckets = _buckets(num_tokens, num_slots, num_adapters, rows)
+    groups = Groups(DeviceGroups(tile_rows=rows, num_slots=num_slots), ids, num_tokens, num_slots, num_adapters, buckets)
+    indices = max(num_adapters, buckets[0] * buckets[1])
     pairs, chunks = groups.num_pairs, _ceil(num_tokens, GROUP_TOKENS)
     if pairs * num_adapters == 0:
         return groups
-    params = GroupParams(ids=ids.data_ptr(), gates=gates.data_ptr(), num_tokens=num_tokens, num_adapters=num_adapters)
+    sizes = {"num_tokens": num_tokens, "num_adapters": num_adapters, "num_indices": indices}
+    params = GroupParams(ids=ids.data_ptr(), gates=gates.data_ptr(), **sizes, lowest_buckets=buckets[0], second_buckets=buckets[1])
     shared = [("totals", 4), ("pair_tokens", pairs), ("pair_gates", pairs), ("shrink_groups", 4 * groups.max_groups)]
     shared += [("tile_tokens", num_tokens), ("tile_pairs", 4 * groups.max_tiles * rows * num_slots), ("tile_counts", groups.max_tiles)]
-    own = [("counts", 2 * chunks * num_adapters), ("starts", 4 * num_adapters), ("positions", pairs)]
+    own = [("counts", 2 * chunks * indices), ("starts", 4 * indices), ("positions", pairs)]
     memory = torch.empty(sum(_ceil(size, 4) * 4 for _, size in shared + own), dtype=torch.int32, device=ids.device)
     at = memory.data_ptr()
     for name, size in shared + own:
         setattr(groups.device if (name, size) in shared else params, name, at)
         at += _ceil(size, 4) * 16
     params.groups = groups.device
-    chunk_bytes = 4 * GROUP_TOKENS * (2 * num_slots + 1) + 8 * num_adapters
+    chunk_bytes = 8 * GROUP_TOKENS * (num_slots + 1) + 8 * indices
     on.launch(_kernel("group_histogram"), params, chunks, chunk_bytes)
     on.launch(_kernel("group_scan"), params, 1, 16 * GROUP_TOKENS)
     on.launch(_kernel("group_scatter"), params, chunks, chunk_bytes)
     on.launch(_kernel("group_tiles"), params, groups.max_tiles, 4 * rows * num_slots)
-    return Groups(groups.device, memory, num_tokens, num_slots, num_adapters)
+    return replace(groups, memory=memory)
 
 
 def add_adapters(
@@ -219,6 +225,14 @@ def _tile_rows(num_tokens: int, num_slots: int, shared_bytes_limit: int) -> int:
     """Tokens of a tile: as many as leave room for two blocks on a multiprocessor; fewer for a small batch, so that it fills the device."""
     most = min(_MAX_TILE_ROWS, _MAX_TILE_SLOTS // max(num_slots, 1), shared_bytes_limit // (2 * _ROW_BYTES))
     return max(8, min(most, _ceil(num_tokens, 16)) // 8 * 8)
+
+
+def _buckets(num_tokens: int, num_slots: int, num_adapters: int, tile_rows: int) -> tuple[int, int]:
+    """With one expert a token, one bucket each. Else as many keys as give a tile's tokens the same two buckets, about four keys a tile."""
+    if num_slots == 1:
+        return num_adapters, 1
+    count = min(num_adapters, _MAX_BUCKETS, max(1, math.isqrt(4 * _ceil(num_tokens, tile_rows))))
+    return count, count
 
 
 def _kernel(name: str, dtype: torch.dtype | None = None) -> Kernel:

@@ -47,7 +47,7 @@ class GroupParams(ctypes.Structure):
     _fields_ = [
         ("groups", Groups),
         *((name, _P) for name in ("ids", "gates", "counts", "starts", "positions")),
-        *((name, _I) for name in ("num_tokens", "num_adapters")),
+        *((name, _I) for name in ("num_tokens", "num_adapters", "num_indices", "lowest_buckets", "second_buckets", "reserved")),
     ]
 
 

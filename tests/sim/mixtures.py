@@ -152,10 +152,10 @@ def check_groups(groups: sgmv.Groups, ids: torch.Tensor, gates: torch.Tensor) ->
     """Every array is what a plain sort gives."""
     pairs = expected_pairs(ids.tolist(), gates.numpy(), groups.num_adapters)
     num_pairs, num_tokens, num_groups = read(groups, "totals", 4)[:3]
-    lead: dict[int, int] = {}
+    used: dict[int, list[int]] = {}
     for e, t, _ in pairs:
-        lead.setdefault(t, e)
-    assert (num_pairs, num_tokens) == (len(pairs), len(lead))
+        used.setdefault(t, []).append(e)
+    assert (num_pairs, num_tokens) == (len(pairs), len(used))
     assert read(groups, "pair_tokens", num_pairs).tolist() == [t for _, t, _ in pairs]
     assert np.array_equal(
         read(groups, "pair_gates", num_pairs, dtype=np.float32), np.array([g for *_, g in pairs], np.float32), equal_nan=True
@@ -169,7 +169,9 @@ def check_groups(groups: sgmv.Groups, ids: torch.Tensor, gates: torch.Tensor) ->
     assert num_groups == len(bundles) <= groups.max_groups
     assert read(groups, "shrink_groups", num_groups, 4).tolist() == [list(bundle) for bundle in bundles]
 
-    order = sorted(lead, key=lambda t: (lead[t], t))
+    lowest, second = groups.buckets
+    share = {t: (e[0] * lowest // groups.num_adapters, e[min(1, len(e) - 1)] * second // groups.num_adapters) for t, e in used.items()}
+    order = sorted(used, key=lambda t: (share[t], t))
     assert read(groups, "tile_tokens", num_tokens).tolist() == order
     rows, slots = groups.device.tile_rows, groups.num_slots
     counts = read(groups, "tile_counts", groups.max_tiles)

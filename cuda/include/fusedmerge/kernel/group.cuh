@@ -1,21 +1,21 @@
 // Grouping: sort (token, expert) pairs by expert, and tokens into tiles, on the device; once for all layers that share ids and gates.
 //
 //   | ids, gates   | [T, k]   | read twice (histogram, scatter); 8 bytes a slot                                        |
-//   | counts       | [chunks, N] | 8 bytes each, written, scanned, read                                                 |
+//   | counts       | [chunks, indices] | 8 bytes each, written, scanned, read                                                 |
 //   | by position  | [T k]    | token and gate of each pair, ascending (expert, token)                                 |
 //   | by tile      | [tiles, tile_rows k] | the pairs of tile_rows tokens, ascending (expert, row)                     |
 //
-// Four launches of kThreads threads, none of which waits for the host; no atomics: an expert is counted by one thread, in token order.
+// Four launches of kThreads threads, none of which waits for the host; no atomics: an index is counted by one thread, in token order.
 //
-//   group_histogram  a block for each chunk of kGroupTokens tokens: pairs of each expert
-//   group_scan       one block: exclusive sums over chunks, then over experts
+//   group_histogram  a block for each chunk of kGroupTokens tokens: pairs of each expert, tokens of each key
+//   group_scan       one block: exclusive sums over chunks, then over experts and keys
 //   group_scatter    a block for each chunk: every pair and token to its place
 //   group_tiles      a block for each tile: its pairs by expert (rank by counting)
 //
-// Shared memory of a block: 4 kGroupTokens (2 k + 1) + 8 N bytes (histogram, scatter), 16 kThreads (scan), 4 tile_rows k (tiles).
+// Shared memory of a block: 8 kGroupTokens (k + 1) + 8 indices bytes (histogram, scatter), 16 kThreads (scan), 4 tile_rows k (tiles).
 //
 // A pair's gate is the sum of the token's gates for that expert, in slot order, at the expert's first slot; a sum of 0 is no pair. Tokens
-// are ordered by their lowest expert, so that a tile meets few experts; tokens without one are in no tile.
+// are ordered by their two lowest experts' buckets, so that a tile meets few experts; tokens without one are in no tile.
 #pragma once
 
 #include "platform.cuh"
@@ -23,19 +23,19 @@
 
 namespace fusedmerge {
 
-constexpr int kLeads = 1 << 16;  // added to the slot's expert where it is the token's lowest
 constexpr int kNoExpert = 0x7fffffff;
 
-// What a block keeps of its chunk, in shared memory: slots [kGroupTokens, k], places [kGroupTokens, k], token_places [kGroupTokens],
-// counts [N].
+// What a block keeps of its chunk, in shared memory: slots and places [kGroupTokens, k], token_keys and token_places [kGroupTokens], counts
+// [indices].
 struct Chunk {
     const GroupParams& params;
     const int num_slots;
     const int token;    // this thread's
-    int* slots;         // expert, with kLeads; -1 = none
+    int* slots;         // expert; -1 = none
     int* places;        // position of the pair; -1 = none
-    int* token_places;  // of the token in tile_tokens
-    ExpertCount* counts;
+    int* token_keys;    // -1 = no expert
+    int* token_places;  // in tile_tokens
+    GroupCount* counts;
 
     FM_DEVICE explicit Chunk(const GroupParams& p)
         : params(p),
@@ -43,8 +43,9 @@ struct Chunk {
           token(block_index() * kGroupTokens + thread_index()),
           slots(reinterpret_cast<int*>(shared_memory())),
           places(slots + kGroupTokens * num_slots),
-          token_places(places + kGroupTokens * num_slots),
-          counts(reinterpret_cast<ExpertCount*>(token_places + kGroupTokens)) {}
+          token_keys(places + kGroupTokens * num_slots),
+          token_places(token_keys + kGroupTokens),
+          counts(reinterpret_cast<GroupCount*>(token_places + kGroupTokens)) {}
 
     // 0: slot j of this thread's token is no pair.
     FM_DEVICE float gate(int j) const {
@@ -62,34 +63,39 @@ struct Chunk {
         return sum;
     }
 
+    FM_DEVICE int bucket(int expert, int num_buckets) const {
+        return static_cast<int>(static_cast<long long>(expert) * num_buckets / params.num_adapters);
+    }
+
     FM_DEVICE void load_slots() {
         int lowest = kNoExpert;
+        int second = kNoExpert;
         for (int j = 0; j < num_slots; ++j) {
             const bool used = token < params.num_tokens && gate(j) != 0.0f;
             const int id = used ? params.ids[static_cast<long long>(token) * num_slots + j] : -1;
             slots[thread_index() * num_slots + j] = id;
-            if (used && id < lowest) lowest = id;
+            if (!used) continue;
+            if (id < second) second = id;
+            if (id < lowest) {
+                second = lowest;
+                lowest = id;
+            }
         }
-        for (int j = 0; j < num_slots; ++j) {
-            int& slot = slots[thread_index() * num_slots + j];
-            if (slot == lowest) slot += kLeads;
-        }
+        if (second == kNoExpert) second = lowest;
+        const int key = lowest == kNoExpert ? -1 : bucket(lowest, params.lowest_buckets) * params.second_buckets;
+        token_keys[thread_index()] = key < 0 ? key : key + bucket(second, params.second_buckets);
     }
 
-    // This thread's experts are those that equal its index modulo kThreads. Counts their pairs in token order; places are where the count
-    // stood before.
-    FM_DEVICE void walk(bool place) {
+    // This thread's indices are those that equal its own modulo kThreads. Counts their pairs and tokens in order; places are where the
+    // counts stood before.
+    FM_DEVICE void walk() {
         FM_UNROLL_4
         for (int i = 0; i < kGroupTokens * num_slots; ++i) {
-            const int slot = slots[i];
-            if (slot < 0 || slot % kThreads != thread_index()) continue;
-            ExpertCount& count = counts[slot % kLeads];
-            if (place) places[i] = count.pairs;
-            ++count.pairs;
-            if (slot >= kLeads) {
-                if (place) token_places[i / num_slots] = count.tokens;
-                ++count.tokens;
-            }
+            if (slots[i] >= 0 && slots[i] % kThreads == thread_index()) places[i] = counts[slots[i]].pairs++;
+        }
+        FM_UNROLL_4
+        for (int i = 0; i < kGroupTokens; ++i) {
+            if (token_keys[i] >= 0 && token_keys[i] % kThreads == thread_index()) token_places[i] = counts[token_keys[i]].tokens++;
         }
     }
 };
@@ -97,28 +103,28 @@ struct Chunk {
 FM_DEVICE void run_group_histogram(const GroupParams& params) {
     Chunk chunk(params);
     chunk.load_slots();
-    for (int e = thread_index(); e < params.num_adapters; e += kThreads) chunk.counts[e] = {0, 0};
+    for (int e = thread_index(); e < params.num_indices; e += kThreads) chunk.counts[e] = {0, 0};
     block_barrier();  // every thread's slots are there
-    chunk.walk(false);
-    ExpertCount* counts = params.counts + static_cast<long long>(block_index()) * params.num_adapters;
-    for (int e = thread_index(); e < params.num_adapters; e += kThreads) counts[e] = chunk.counts[e];
+    chunk.walk();
+    GroupCount* counts = params.counts + static_cast<long long>(block_index()) * params.num_indices;
+    for (int e = thread_index(); e < params.num_indices; e += kThreads) counts[e] = chunk.counts[e];
 }
 
-// counts[chunk][e] := pairs and tokens of e in all chunks before; returns those of all chunks.
-FM_DEVICE ExpertCount scan_chunks(const GroupParams& params, int e) {
+// counts[chunk][e] := pairs and tokens of index e in all chunks before; returns those of all chunks.
+FM_DEVICE GroupCount scan_chunks(const GroupParams& params, int e) {
     const int num_chunks = (params.num_tokens + kGroupTokens - 1) / kGroupTokens;
-    ExpertCount sum = {0, 0};
+    GroupCount sum = {0, 0};
     constexpr int kAhead = 8;  // loads in flight
     for (int first = 0; first < num_chunks; first += kAhead) {
-        ExpertCount ahead[kAhead];
+        GroupCount ahead[kAhead];
         FM_UNROLL
         for (int i = 0; i < kAhead; ++i) {
-            if (first + i < num_chunks) ahead[i] = params.counts[static_cast<long long>(first + i) * params.num_adapters + e];
+            if (first + i < num_chunks) ahead[i] = params.counts[static_cast<long long>(first + i) * params.num_indices + e];
         }
         FM_UNROLL
         for (int i = 0; i < kAhead; ++i) {
             if (first + i >= num_chunks) break;
-            params.counts[static_cast<long long>(first + i) * params.num_adapters + e] = sum;
+            params.counts[static_cast<long long>(first + i) * params.num_indices + e] = sum;
             sum.pairs += ahead[i].pairs;
             sum.tokens += ahead[i].tokens;
         }
@@ -127,18 +133,18 @@ FM_DEVICE ExpertCount scan_chunks(const GroupParams& params, int e) {
 }
 
 FM_DEVICE void run_group_scan(const GroupParams& params) {
-    ExpertStart* sums = reinterpret_cast<ExpertStart*>(shared_memory());  // [kThreads] of each thread's expert
-    ExpertStart base = {0, 0, 0, 0};
-    for (int first = 0; first < params.num_adapters; first += kThreads) {
+    GroupStart* sums = reinterpret_cast<GroupStart*>(shared_memory());  // [kThreads] of each thread's expert
+    GroupStart base = {0, 0, 0, 0};
+    for (int first = 0; first < params.num_indices; first += kThreads) {
         const int e = first + thread_index();
-        const bool exists = e < params.num_adapters;
-        const ExpertCount count = exists ? scan_chunks(params, e) : ExpertCount{0, 0};
+        const bool exists = e < params.num_indices;
+        const GroupCount count = exists ? scan_chunks(params, e) : GroupCount{0, 0};
         block_barrier();  // the last strip's sums have been read
         sums[thread_index()] = {count.pairs, count.tokens, (count.pairs + kShrinkPairs - 1) / kShrinkPairs, 0};
         block_barrier();  // this strip's are there
-        ExpertStart start = base;
+        GroupStart start = base;
         for (int i = 0; i < kThreads; ++i) {
-            const ExpertStart sum = sums[i];
+            const GroupStart sum = sums[i];
             base = {base.pair + sum.pair, base.token + sum.token, base.group + sum.group, 0};
             if (i < thread_index()) start = base;
         }
@@ -151,13 +157,13 @@ FM_DEVICE void run_group_scatter(const GroupParams& params) {
     Chunk chunk(params);
     const Groups& groups = params.groups;
     chunk.load_slots();
-    const ExpertCount* before = params.counts + static_cast<long long>(block_index()) * params.num_adapters;
-    for (int e = thread_index(); e < params.num_adapters; e += kThreads) {
-        const ExpertStart start = params.starts[e];
+    const GroupCount* before = params.counts + static_cast<long long>(block_index()) * params.num_indices;
+    for (int e = thread_index(); e < params.num_indices; e += kThreads) {
+        const GroupStart start = params.starts[e];
         chunk.counts[e] = {start.pair + before[e].pairs, start.token + before[e].tokens};
     }
     block_barrier();  // every thread's slots are there
-    chunk.walk(true);
+    chunk.walk();
     block_barrier();  // every pair has its place
     if (chunk.token >= params.num_tokens) return;
     for (int j = 0; j < chunk.num_slots; ++j) {
@@ -167,15 +173,14 @@ FM_DEVICE void run_group_scatter(const GroupParams& params) {
         if (slot < 0) continue;
         groups.pair_tokens[position] = chunk.token;
         groups.pair_gates[position] = chunk.gate(j);
-        const int expert = slot % kLeads;
-        const ExpertStart start = params.starts[expert];
+        const GroupStart start = params.starts[slot];
         const int local = position - start.pair;
         const int left = start.count - local;
         if (local % kShrinkPairs == 0) {
-            groups.shrink_groups[start.group + local / kShrinkPairs] = {expert, position, left < kShrinkPairs ? left : kShrinkPairs, 0};
+            groups.shrink_groups[start.group + local / kShrinkPairs] = {slot, position, left < kShrinkPairs ? left : kShrinkPairs, 0};
         }
-        if (slot >= kLeads) groups.tile_tokens[chunk.token_places[thread_index()]] = chunk.token;
     }
+    if (chunk.token_keys[thread_index()] >= 0) groups.tile_tokens[chunk.token_places[thread_index()]] = chunk.token;
 }
 
 FM_DEVICE void run_group_tiles(const GroupParams& params) {

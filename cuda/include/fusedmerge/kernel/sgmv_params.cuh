@@ -49,35 +49,40 @@ struct Groups {
     int* pair_tokens;            // [T k] by position
     float* pair_gates;           // [T k] by position
     ShrinkGroup* shrink_groups;  // [at most T k / kShrinkPairs + min(N, T k)]
-    int* tile_tokens;            // [T] tokens that have an expert, ordered by their lowest expert; tile i has tile_rows of them
+    int* tile_tokens;            // [T] tokens that have an expert, ordered by key; tile i has tile_rows of them
     TilePair* tile_pairs;        // [tiles, tile_rows k]
     int* tile_counts;            // [tiles] pairs of each tile
     int tile_rows;
     int num_slots;  // k
 };
 
-// Pairs of an expert, and tokens whose lowest expert it is.
-struct ExpertCount {
+// Of index i: pairs of expert i, and tokens of key i.
+struct GroupCount {
     int pairs;
     int tokens;
 };
 
-struct ExpertStart {
-    int pair;   // position of the expert's first pair
-    int token;  // place of the first token that it leads
-    int group;  // its first shrink group
-    int count;  // its pairs
+struct GroupStart {
+    int pair;   // position of the first pair of expert i
+    int token;  // place of the first token of key i
+    int group;  // first shrink group of expert i
+    int count;  // pairs of expert i
 };
 
+// A token's key: the buckets of its lowest and its second lowest expert. Experts fall into buckets of equal size, in order.
 struct GroupParams {
     Groups groups;
-    const int* ids;       // [T, k]; outside [0, N) = no expert
-    const float* gates;   // [T, k]
-    ExpertCount* counts;  // [chunks, N] of kGroupTokens tokens each; after the scan: of all chunks before
-    ExpertStart* starts;  // [N]
-    int* positions;       // [T, k] of each pair; -1 = none
-    int num_tokens;       // T
-    int num_adapters;     // N
+    const int* ids;      // [T, k]; outside [0, N) = no expert
+    const float* gates;  // [T, k]
+    GroupCount* counts;  // [chunks, indices] of kGroupTokens tokens each; after the scan: of all chunks before
+    GroupStart* starts;  // [indices]
+    int* positions;      // [T, k] of each pair; -1 = none
+    int num_tokens;      // T
+    int num_adapters;    // N
+    int num_indices;     // the larger of N and the number of keys
+    int lowest_buckets;
+    int second_buckets;
+    int reserved;
 };
 
 // One adapted matrix.
