@@ -111,13 +111,8 @@ def check_linear(operands: Operands) -> None:
     if ids.dim() != x.dim() or ids.shape[:-1] != x.shape[:-1]:
         raise ShapeError(operation, "ids", f"[{', '.join(map(str, (*x.shape[:-1], 'k')))}]", list(ids.shape))
     num_adapters, rank, out = a.shape[0], a.shape[1], weight.shape[0]
-    rest = (
-        ("b", b, [num_adapters, out, rank]),
-        ("gates", gates, [*ids.shape]),
-        ("scaling", scaling, [num_adapters]),
-        ("bias", bias, [out]),
-    )
-    for name, tensor, shape in rest:
+    rest = (b, [num_adapters, out, rank]), (gates, [*ids.shape]), (scaling, [num_adapters]), (bias, [out])
+    for name, (tensor, shape) in zip(("b", "gates", "scaling", "bias"), rest, strict=True):
         if tensor is not None and [*tensor.shape] != shape:
             raise ShapeError(operation, name, shape, list(tensor.shape))
 

@@ -68,7 +68,7 @@ def implementation(*tensors: torch.Tensor) -> str:
 
 @functools.cache
 def _backend(device_type: str, asked: str, _sim_library: str) -> str:
-    """`backend.choose`, asked once for each state of the environment; torch on a GPU where no backend can be used and none was asked for."""
+    """`backend.choose`, asked once for each state of the environment. On a GPU without any, unless one was asked for: torch."""
     try:
         return backend.choose(torch.device(device_type), "lora_linear")
     except BackendError as error:
@@ -89,7 +89,7 @@ _define("lora_linear_backward", f"(Tensor grad, {_OPERANDS}, bool[] needs) -> (T
 def _lora_linear(*given: Any) -> torch.Tensor:
     operands = Operands(*given)
     check_linear(operands)
-    x, weight, a, b, ids, gates, _, bias = flat = operands.flat()
+    x, weight, a, _, ids, _, _, bias = flat = operands.flat()
     if x.device.type == "cpu":
         check_values(operands.ids, operands.gates, len(a))
     name = implementation(x, weight, a)

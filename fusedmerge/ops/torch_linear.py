@@ -5,8 +5,8 @@ read. Elsewhere reading ids would wait for the device: there every adapter is ap
 token did not choose is multiplied by 0.
 
 Numbers. Factors, gates and scaling are used in float32 (float64 where x is), never folded into 16-bit factors. On the CPU, up to 16 tokens,
-y is rounded once: W x is taken as round(W x) plus its rounded residual, two passes over W as it is stored, which cost a third of one pass that
-widens it. Otherwise 16-bit y is rounded twice: W x, then the sum.
+y is rounded once: W x is taken as round(W x) plus its rounded residual, two passes over W as it is stored, which cost a third of one pass
+that widens it. Otherwise 16-bit y is rounded twice: W x, then the sum.
 """
 
 from __future__ import annotations
@@ -196,5 +196,5 @@ def _in_operands_dtypes(
     if needs[4] and scaling is not None:
         products = torch.where(chosen >= 0, dots * gates, 0.0).reshape(-1)
         dscaling = dots.new_zeros(len(a)).scatter_add(0, chosen.clamp_min(0).reshape(-1), products).to(scaling.dtype)
-    narrowed = [None if d is None else d.to(operand.dtype) for d, operand in ((dx, x), (da, a), (db, b))]
-    return Gradients(*narrowed, dgates, dscaling)
+    dx, da, db = (None if d is None else d.to(operand.dtype) for d, operand in ((dx, x), (da, a), (db, b)))
+    return Gradients(dx, da, db, dgates, dscaling)
