@@ -31,11 +31,11 @@ def lora_linear(x: Array, weight: Any, a: Any, b: Any, ids: Any, gates: Any, sca
     gradient. Under autocast x, weight, a, b and bias are cast as `torch.nn.functional.linear` casts its own.
 
     Up to 16 tokens of a 16-bit dtype, on the CPU and in the CUDA kernels: |error| <= half an ulp + 2^-16 S, S = |W| |x| + |bias| +
-    sum |gate scaling| |B| |A| |x|; more tokens: one ulp + the same.
+    sum |gate scaling| |B| |A| |x|. More tokens: W x + bias is rounded too, which adds half an ulp of it.
 
     Raises InvalidTypeError, ShapeError, DtypeError, DeviceError, and BackendError where FUSEDMERGE_BACKEND names one that cannot be used.
-    On the CPU also InvalidValueError, for an id outside [-1, N) or a gate that is not finite. On a GPU nothing waits for the device: there an
-    id outside [-1, N) is no adapter, and a gate that is not finite spoils its own token's y.
+    On the CPU also InvalidValueError, for an id outside [-1, N) or a gate that is not finite. On a GPU nothing waits for the device: an id
+    outside [-1, N) is no adapter there, and a gate that is not finite spoils its own token's y.
     """
     given = {"x": x, "weight": weight, "a": a, "b": b, "ids": ids, "gates": gates, "scaling": scaling, "bias": bias}
     given = {field: value for field, value in given.items() if value is not None or field not in ("scaling", "bias")}

@@ -36,6 +36,7 @@ class Operands(NamedTuple):
 
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def as_tensors(operation: str, given: Mapping[str, Any]) -> list[torch.Tensor]:
@@ -84,9 +85,8 @@ def _check_tensors(operation: str, given: Mapping[str, torch.Tensor | None]) -> 
             raise DeviceError(operation, field, f"a tensor on x's device ({x.device})", tensor.device)
         if tensor.layout != torch.strided:
             raise ShapeError(operation, field, "a dense tensor", tensor.layout)
-        integral = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
-        if field == "ids" and not integral:
-            raise DtypeError(operation, field, "int32 (or other integers)", tensor.dtype)
+        if field == "ids" and tensor.dtype not in _INTEGERS:
+            raise DtypeError(operation, field, "int32 (or int8, int16, int64)", tensor.dtype)
         if field != "ids" and tensor.dtype not in _FLOATS:
             raise DtypeError(operation, field, "bfloat16, float16, float32 or float64", tensor.dtype)
 

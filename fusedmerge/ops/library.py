@@ -159,7 +159,7 @@ def _differentiate_linear(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | 
     dx, da, db, dgates, dscaling = (gradient if need else None for gradient, need in zip(found, needs, strict=True))
     dx = dx if dx is None else dx.reshape(operands.x.shape)
     dgates = dgates if dgates is None else dgates.reshape(operands.gates.shape)
-    dweight = grad.T @ flat.x if of_weight else None
+    dweight = torch_linear.product(grad.T, flat.x).to(grad.dtype) if of_weight else None
     return dx, dweight, da, db, None, dgates, dscaling, grad.sum(dim=0) if of_bias else None
 
 

@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 
 from fusedmerge.ops.arguments import Operands, wide_dtype
 
-__all__ = ["DECODE_TOKENS", "Gradients", "all_adapters", "all_adapters_backward", "by_expert", "by_expert_backward"]
+__all__ = ["DECODE_TOKENS", "Gradients", "all_adapters", "all_adapters_backward", "by_expert", "by_expert_backward", "product"]
 
 DECODE_TOKENS = 16  # up to here a call is a decode step: one rounding, and on a GPU one pass over W
 
@@ -79,7 +79,7 @@ def _many_tokens(operands: Operands) -> torch.Tensor:
     delta, x_wide = coefficients.new_zeros(y.shape), x.to(coefficients.dtype)
     for expert, pairs in _groups(torch.where(coefficients != 0, ids, -1), len(a)):
         tokens = pairs // ids.shape[1]
-        z = linear(x_wide[tokens], a[expert].to(x_wide.dtype)) * coefficients.view(-1)[pairs, None]  # [n, r]
+        z = linear(x_wide[tokens], a[expert].to(x_wide.dtype)) * coefficients.reshape(-1)[pairs, None]  # [n, r]
         delta.index_add_(0, tokens, linear(z, b[expert].to(z.dtype)))
     return delta.add_(y).to(x.dtype)
 
@@ -89,12 +89,12 @@ def by_expert_backward(grad: torch.Tensor, operands: Operands, needs: Sequence[b
     x, weight, a, b, ids, *_ = operands
     wide = wide_dtype(x)
     coefficients, grad_wide, x_wide = _coefficients(operands), grad.to(wide), x.to(wide)
-    dx = (grad @ weight).to(wide) if needs[0] else None
+    dx = product(grad, weight).to(wide) if needs[0] else None
     da = torch.zeros(a.shape, dtype=wide) if needs[1] else None
     db = torch.zeros(b.shape, dtype=wide) if needs[2] else None
     dots = coefficients.new_zeros(ids.numel())  # the gradient of each (token, slot) pair's coefficient
     for expert, pairs in _groups(_chosen(ids, len(a)), len(a)):
-        tokens, coefficient = pairs // ids.shape[1], coefficients.view(-1)[pairs, None]
+        tokens, coefficient = pairs // ids.shape[1], coefficients.reshape(-1)[pairs, None]
         a_wide, b_wide = a[expert].to(wide), b[expert].to(wide)
         z, u = linear(x_wide[tokens], a_wide), grad_wide[tokens] @ b_wide  # [n, r] each
         dots[pairs] = (z * u).sum(dim=1)
@@ -143,7 +143,7 @@ def all_adapters_backward(grad: torch.Tensor, operands: Operands, needs: Sequenc
     per_adapter = _per_adapter(operands)
     z = torch.einsum("ti,nri->tnr", x_wide, a_wide)
     u = torch.einsum("to,nor->tnr", grad_wide, b_wide)
-    dx = grad @ weight + torch.einsum("tnr,nri->ti", u * per_adapter, a_wide) if needs[0] else None
+    dx = product(grad, weight) + torch.einsum("tnr,nri->ti", u * per_adapter, a_wide) if needs[0] else None
     da = torch.einsum("tnr,ti->nri", u * per_adapter, x_wide) if needs[1] else None
     db = torch.einsum("tnr,to->nor", z * per_adapter, grad_wide) if needs[2] else None
     chosen = _chosen(ids, len(a))
@@ -159,6 +159,13 @@ def _per_adapter(operands: Operands) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------------- both
+
+
+def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left @ right; in float32 for float16 on the CPU, where torch rounds every partial sum of such a product to float16."""
+    if left.dtype == torch.float16 and left.device.type == "cpu":
+        return left.float() @ right.float()
+    return left @ right
 
 
 def _chosen(ids: torch.Tensor, num_adapters: int) -> torch.Tensor:
