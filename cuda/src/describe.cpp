@@ -2,6 +2,7 @@
 
 #include <cstddef>
 
+#include "fusedmerge/kernel/linear_params.cuh"
 #include "plan.h"
 
 namespace fusedmerge {
@@ -68,6 +69,67 @@ std::string describe_structs() {
     FM_FIELD(PlanResult, shared_bytes);
     FM_FIELD(PlanResult, resident_chunks);
     FM_FIELD(PlanResult, error);
+    FM_FIELD(RouteParams, x);
+    FM_FIELD(RouteParams, router);
+    FM_FIELD(RouteParams, mask);
+    FM_FIELD(RouteParams, ids);
+    FM_FIELD(RouteParams, gates);
+    FM_FIELD(RouteParams, x_stride);
+    FM_FIELD(RouteParams, router_stride);
+    FM_FIELD(RouteParams, cols);
+    FM_FIELD(RouteParams, num_adapters);
+    FM_FIELD(RouteParams, num_slots);
+    FM_FIELD(RouteParams, normalize);
+    FM_FIELD(RouteParams, flags);
+    FM_FIELD(RouteParams, reserved);
+    FM_FIELD(LinearTarget, weight);
+    FM_FIELD(LinearTarget, a);
+    FM_FIELD(LinearTarget, b);
+    FM_FIELD(LinearTarget, scaling);
+    FM_FIELD(LinearTarget, bias);
+    FM_FIELD(LinearTarget, residual);
+    FM_FIELD(LinearTarget, y);
+    FM_FIELD(LinearTarget, z);
+    FM_FIELD(LinearTarget, weight_stride);
+    FM_FIELD(LinearTarget, a_adapter_stride);
+    FM_FIELD(LinearTarget, a_row_stride);
+    FM_FIELD(LinearTarget, b_adapter_stride);
+    FM_FIELD(LinearTarget, b_row_stride);
+    FM_FIELD(LinearTarget, residual_stride);
+    FM_FIELD(LinearTarget, y_stride);
+    FM_FIELD(LinearTarget, rows);
+    FM_FIELD(LinearTarget, rank);
+    FM_FIELD(LinearTarget, z_pitch);
+    FM_FIELD(LinearTarget, first_tile);
+    FM_FIELD(LinearTarget, first_rank_tile);
+    FM_FIELD(LinearTarget, flags);
+    FM_FIELD(LinearParams, targets);
+    FM_FIELD(LinearParams, x);
+    FM_FIELD(LinearParams, input);
+    FM_FIELD(LinearParams, second);
+    FM_FIELD(LinearParams, norm_weight);
+    FM_FIELD(LinearParams, sum);
+    FM_FIELD(LinearParams, ids);
+    FM_FIELD(LinearParams, gates);
+    FM_FIELD(LinearParams, router);
+    FM_FIELD(LinearParams, logits);
+    FM_FIELD(LinearParams, x_stride);
+    FM_FIELD(LinearParams, input_stride);
+    FM_FIELD(LinearParams, second_stride);
+    FM_FIELD(LinearParams, sum_stride);
+    FM_FIELD(LinearParams, router_stride);
+    FM_FIELD(LinearParams, epsilon);
+    FM_FIELD(LinearParams, source);
+    FM_FIELD(LinearParams, tokens);
+    FM_FIELD(LinearParams, cols);
+    FM_FIELD(LinearParams, num_targets);
+    FM_FIELD(LinearParams, num_tiles);
+    FM_FIELD(LinearParams, num_rank_tiles);
+    FM_FIELD(LinearParams, num_splits);
+    FM_FIELD(LinearParams, num_adapters);
+    FM_FIELD(LinearParams, num_slots);
+    FM_FIELD(LinearParams, normalize);
+    FM_FIELD(LinearParams, flags);
     return text;
 }
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 
+from fusedmerge.backend.linear_params import LINEAR_STRUCTS
+
 __all__ = [
     "BAD_GATE",
     "BAD_ID",
@@ -92,7 +94,7 @@ class SimOptions(ctypes.Structure):
     _fields_ = [*((name, _I) for name in ("thread_order", "tensor_core", "async_copies", "resident_blocks")), ("seed", ctypes.c_uint)]
 
 
-SHARED_STRUCTS = (SwitchSegment, SwitchState, SwitchParams, PlanRequest, PlanResult)  # with the extension, and with the simulator
+SHARED_STRUCTS = (SwitchSegment, SwitchState, SwitchParams, PlanRequest, PlanResult, *LINEAR_STRUCTS)  # the extension has these too
 
 
 def layout(structs: tuple[type[ctypes.Structure], ...] = (*SHARED_STRUCTS, SimOptions)) -> str:

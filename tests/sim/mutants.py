@@ -118,7 +118,7 @@ def compile_shared_units(scratch: Path) -> dict[str, Path]:
     """Objects of the units that contain no kernel: the same for every mutant."""
     objects = {}
     for unit in build.UNITS:
-        if unit.stem == "interface":
+        if unit in build.KERNELS:
             continue
         objects[unit.stem] = scratch / f"{unit.stem}.o"
         includes = [f"-I{build.ROOT / folder}" for folder in ("cuda/include", "cuda/src", "tests/sim")]
