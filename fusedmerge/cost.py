@@ -68,7 +68,7 @@ class Work:
 class Crossover:
     """Where merging and fused application cost the same."""
 
-    tokens: float  # decode steps for which a mixture must live; inf: fused application costs nothing more
+    tokens: float  # decode steps for which a mixture must live
     switch_seconds: float
     fused_extra_seconds_per_token: float  # over the backbone's own step
     switch: Work
@@ -102,7 +102,7 @@ def crossover(weights: Weights, bank: AdapterBank, k: int, *, mode: str = "exact
     switch = switch_work(sizes, k, mode)
     fused = fused_work(sizes, k, len(bank), second_pass=device.type == "cpu")
     switch_seconds, extra = switch.seconds(rates), fused.seconds(rates)
-    return Crossover(switch_seconds / extra if extra else math.inf, switch_seconds, extra, switch, fused, rates)
+    return Crossover(switch_seconds / extra, switch_seconds, extra, switch, fused, rates)
 
 
 def target_sizes(weights: Weights, bank: AdapterBank) -> list[TargetSize]:

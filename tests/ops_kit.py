@@ -56,7 +56,7 @@ def make(
 def truth(operands, of=lambda values: values):
     """y [T, out] in float64, of the operands' values or of a function of them."""
     flat = operands.flat()._asdict()
-    values = [None if t is None else t.numpy() if name == "ids" else of(reference.to_float64(t)) for name, t in flat.items()]
+    values = [None if t is None else t.cpu().numpy() if name == "ids" else of(reference.to_float64(t)) for name, t in flat.items()]
     return reference.applied(*values)
 
 

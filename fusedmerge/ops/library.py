@@ -18,6 +18,7 @@ from torch.nn.functional import linear
 
 from fusedmerge import backend
 from fusedmerge.backend.cpu import exact_products
+from fusedmerge.backend.params import MAX_SLOTS
 from fusedmerge.errors import BackendError
 from fusedmerge.ops import torch_linear, torch_route
 from fusedmerge.ops.arguments import Operands, check_linear, check_route, check_values, wide_dtype
@@ -25,6 +26,7 @@ from fusedmerge.ops.torch_linear import DECODE_TOKENS
 
 __all__ = ["implementation"]
 
+MAX_ADAPTERS = 4096  # of the kernels that route and group tokens in shared memory
 logger = logging.getLogger(__name__)
 _library = torch.library.Library("fusedmerge", "DEF")
 Kernel = Callable[..., Any]
@@ -52,15 +54,15 @@ def _kernel(name: str) -> Callable[[Kernel], Kernel]:
 # ---------------------------------------------------------------------- which implementation
 
 
-def implementation(*tensors: torch.Tensor) -> str:
-    """What runs an operation on these tensors: "sim", "jit" or "aot" (the CUDA kernels: one 16-bit dtype), or "torch".
+def implementation(num_adapters: int, k: int, *tensors: torch.Tensor) -> str:
+    """What runs an operation on these tensors: "sim", "jit" or "aot" (the CUDA kernels: one 16-bit dtype, limited N and k), or "torch".
 
     Raises BackendError for a backend that FUSEDMERGE_BACKEND names and that cannot be used here.
     """
     x = tensors[0]
     if x.dtype not in (torch.bfloat16, torch.float16) or any(tensor.dtype != x.dtype for tensor in tensors):
         return "torch"
-    if x.device.type not in ("cpu", "cuda"):
+    if x.device.type not in ("cpu", "cuda") or k > MAX_SLOTS or num_adapters > MAX_ADAPTERS:
         return "torch"
     name = _backend(x.device.type, os.environ.get("FUSEDMERGE_BACKEND", ""), os.environ.get("FUSEDMERGE_SIM_LIB", ""))
     return "torch" if name == "cpu" else name
@@ -89,11 +91,11 @@ _define("lora_linear_backward", f"(Tensor grad, {_OPERANDS}, bool[] needs) -> (T
 def _lora_linear(*given: Any) -> torch.Tensor:
     operands = Operands(*given)
     check_linear(operands)
-    x, weight, a, _, ids, _, _, bias = flat = operands.flat()
+    x, weight, a, b, ids, _, _, bias = flat = operands.flat()
     if x.device.type == "cpu":
         check_values(operands.ids, operands.gates, len(a))
-    name = implementation(x, weight, a)
-    if 0 in (len(x), len(a), ids.shape[1], a.shape[1]):
+    name = implementation(len(a), ids.shape[1], x, weight, a)
+    if 0 in (*flat.x.shape, *a.shape, *b.shape, ids.shape[1]):
         y = linear(x, weight, bias)
     elif name != "torch":
         y = _by_kernels(name, flat)
@@ -108,13 +110,14 @@ def _by_kernels(name: str, operands: Operands) -> torch.Tensor:
     x, weight, a, b = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in operands[:4])
     ids, gates = operands.ids.to(torch.int32).contiguous(), operands.gates.to(torch.float32).contiguous()
     scaling = None if operands.scaling is None else operands.scaling.to(torch.float32).contiguous()
+    bias = None if operands.bias is None else operands.bias.contiguous()
     if len(x) <= DECODE_TOKENS:
         from fusedmerge.backend.linear import decode_linear
 
-        return decode_linear(name, x, weight, a, b, ids, gates, scaling, operands.bias)
+        return decode_linear(name, x, weight, a, b, ids, gates, scaling, bias)
     from fusedmerge.backend.sgmv import add_adapters
 
-    y = linear(x, weight, operands.bias)
+    y = linear(x, weight, bias)
     add_adapters(name, y, x, a, b, ids, gates, scaling)
     return y
 
@@ -176,7 +179,7 @@ _define("route_topk", "(Tensor x, Tensor router_weight, int k, bool normalize) -
 def _route_topk(x: torch.Tensor, router_weight: torch.Tensor, k: int, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
     check_route(x, router_weight, k)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    name = implementation(x, router_weight)
+    name = implementation(len(router_weight), k, x, router_weight)
     if name == "torch" or rows.numel() == 0:
         with exact_products():
             ids, gates = torch_route.route(rows, router_weight, k, normalize)
