@@ -1,4 +1,4 @@
-"""Fused application on every backend that runs the kernels, against float64: the router, and linears whose tokens differ in their adapters."""
+"""Fused application on every backend that runs the kernels, against float64: router, prologue, GEMV."""
 
 from __future__ import annotations
 

@@ -21,11 +21,22 @@ from pathlib import Path
 
 import build
 
-SUITE = "tests/test_sim_switch.py"
 KERNELS = "cuda/include/fusedmerge/kernel"
-REMOVABLE = re.compile(r"^\s*(block_barrier\(\)|copy_async_wait<[^>]*>\(\)|copy_async_commit\(\));")
+REMOVABLE = re.compile(r"^\s*(block_barrier\(\)|grid_wait\(\)|copy_async_wait<[^>]*>\(\)|copy_async_commit\(\));")
 UNTESTED = (2, 3, 4, 5)  # pytest's own: collection failed, internal error, usage, no tests
 UNMUTATED = {"platform.cuh", "ptx.cuh"}  # definitions, not uses
+
+
+@dataclass(frozen=True)
+class Family:
+    suites: tuple[str, ...]  # that must catch its mutants
+    unit: str  # that its kernels are compiled into
+
+
+SWITCH = Family(("tests/test_sim_switch.py",), "interface")
+LINEAR = Family(("tests/test_sim_linear.py", "tests/test_linear.py"), "kernels_linear")
+LINEAR_FILES = ("route.cuh", "products.cuh", "source.cuh", "prologue.cuh", "gemv.cuh", "lora_linear.cuh")
+FAMILIES = dict.fromkeys(LINEAR_FILES, LINEAR)  # the other files: SWITCH
 
 # (file, text, replacement, what it breaks)
 PROTOCOL = [
@@ -37,6 +48,8 @@ PROTOCOL = [
     ("selection.cuh", "if (!block_any(differs)) return false;", "block_any(differs);", "an unchanged selection is applied again"),
     ("switch.cuh", "finish_selection(selection, params);", "", "nobody takes a ticket"),
     ("switch_mma.cuh", "if (ratio != 1.0f) rescale(ratio);", "", "experts share one coefficient"),
+    ("gemv.cuh", "(again, stage)", "(walk, stage)", "the ring starts with x of other steps"),
+    ("gemv.cuh", "stage == 0 ? kStages - 1 : stage - 1", "stage", "a step is fetched into another step's stage"),
 ]
 
 
@@ -71,8 +84,10 @@ def run(mutant: Mutant, place: Path, snapshot: Path, objects: dict[str, Path]) -
     root = place / "root"
     shutil.copytree(snapshot, root)
     (root / KERNELS / mutant.file).write_text(mutant.text)
-    library = build.compile_library(place / "mutant.so", root, ["-Wno-unused"], objects)
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", str(root / SUITE)]
+    others = {unit: path for unit, path in objects.items() if unit != family(mutant.file).unit}
+    library = build.compile_library(place / "mutant.so", root, ["-Wno-unused"], others)
+    suites = [str(root / suite) for suite in family(mutant.file).suites]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *suites]
     try:
         environment = {**os.environ, "FUSEDMERGE_SIM_LIB": str(library)}
         done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=300)
@@ -98,9 +113,9 @@ def main() -> int:
         snapshot = Path(scratch) / "snapshot"  # so that edits made meanwhile change nothing
         for folder in ("cuda", "tests/sim"):
             shutil.copytree(build.ROOT / folder, snapshot / folder)
-        for file in (SUITE, "tests/conftest.py"):
+        for file in (*SWITCH.suites, *LINEAR.suites, "tests/conftest.py"):
             shutil.copy(build.ROOT / file, snapshot / file)
-        objects = compile_shared_units(Path(scratch))
+        objects = compile_units(Path(scratch))
 
         def judge(item: tuple[int, Mutant]) -> bool:
             place = Path(scratch) / str(item[0])
@@ -114,15 +129,18 @@ def main() -> int:
     return 0 if all(caught) else 1
 
 
-def compile_shared_units(scratch: Path) -> dict[str, Path]:
-    """Objects of the units that contain no kernel: the same for every mutant."""
+def family(file: str) -> Family:
+    return FAMILIES.get(file, SWITCH)
+
+
+def compile_units(scratch: Path) -> dict[str, Path]:
+    """Objects of the sources as they are: a mutant needs only its own family's anew."""
     objects = {}
+    stated = f'-DFUSEDMERGE_VERSION="{build.version()}"'
     for unit in build.UNITS:
-        if unit in build.KERNELS:
-            continue
         objects[unit.stem] = scratch / f"{unit.stem}.o"
         includes = [f"-I{build.ROOT / folder}" for folder in ("cuda/include", "cuda/src", "tests/sim")]
-        subprocess.run(["g++", *build.FLAGS, *includes, "-c", str(unit), "-o", str(objects[unit.stem])], check=True)
+        subprocess.run(["g++", *build.FLAGS, stated, *includes, "-xc++", "-c", str(unit), "-o", str(objects[unit.stem])], check=True)
     return objects
 
 
