@@ -131,8 +131,31 @@ def test_gradcheck(options):
     assert torch.autograd.gradcheck(fm.lora_linear, tuple(differentiable(make(**options))))
 
 
-def test_gradcheck_twice():
+def test_a_gate_of_0_has_a_gradient():
+    operands = make(3)
+    operands.gates[:, 0] = 0.0
+    assert torch.autograd.gradcheck(fm.lora_linear, tuple(differentiable(operands)))
+    given = differentiable(operands, ["gates"])
+    fm.lora_linear(*given).sum().backward()
+    assert given.gates.grad[:, 0].abs().min() > 0
+
+
+def test_gradcheck_twice(monkeypatch):
+    monkeypatch.setattr(torch_linear, "by_expert_backward", lambda *_: pytest.fail("an operator without a derivative"))
     assert torch.autograd.gradgradcheck(fm.lora_linear, tuple(differentiable(make(2))))
+
+
+@pytest.mark.parametrize("popularity", ops_kit.POPULARITIES)
+def test_both_backward_passes_agree(popularity):
+    """The one that reads ids, and the one for devices; ids outside [-1, N) are no adapter there."""
+    operands = make(20, popularity=popularity)
+    grad = torch.randn(20, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    wild = operands._replace(ids=torch.where(operands.ids < 0, 4, operands.ids))
+    for needs in ([True] * 5, [False] * 5):
+        expected = torch_linear.by_expert_backward(grad, operands, needs)
+        for got, wanted in zip(torch_linear.all_adapters_backward(grad, wild, needs), expected, strict=True):
+            assert (got is None) == (wanted is None)
+            torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("normalize", [True, False])

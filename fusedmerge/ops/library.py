@@ -201,7 +201,6 @@ def _save_route(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, t
     x, router_weight, _, ctx.normalize = inputs
     _, ids = output
     ctx.save_for_backward(x, router_weight, ids)
-    ctx.mark_non_differentiable(ids)
 
 
 def _differentiate_route(ctx: Any, grad: torch.Tensor, _of_ids: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
