@@ -1,0 +1,115 @@
+"""The experts and routers that a decoder runs beside its linears."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from fusedmerge.bank import AdapterBank
+from fusedmerge.errors import DeviceError, DtypeError, InvalidTypeError, InvalidValueError, ShapeError, StateError, UnknownNameError
+from fusedmerge.ops import route_topk
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["METHODS", "ExpertLinear", "ExpertSet", "Routes"]
+
+METHODS = ("lora", "lora_switch", "mola", "mixlora")  # what the decoder runs; every method runs through transformers and `generate`
+
+Routes = Callable[["Tensor"], "tuple[Tensor, Tensor]"]  # x [..., in] -> ids int32 [..., k], gates float32 [..., k]
+
+
+@dataclass(frozen=True)
+class ExpertLinear:
+    """The experts of one linear."""
+
+    a: Tensor  # [N, r, in]
+    b: Tensor  # [N, out, r]
+    scaling: Tensor  # [N] float32
+    router: str | None  # whose choice holds here: a name in `ExpertSet.routers`; None: expert 0, always, at gate 1
+
+
+@dataclass
+class ExpertSet:
+    """Experts of some linears, by weight name, and the routers that choose among them, by name.
+
+    A router is asked at most once in a forward, with the input of the first linear in execution order that has its name.
+    """
+
+    method: str
+    linears: Mapping[str, ExpertLinear]
+    routers: Mapping[str, Routes] = field(default_factory=dict)
+    bank: AdapterBank | None = None  # over the same factors, where there is one already
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise InvalidValueError(
+                "Decoder", "method", f"one of {', '.join(METHODS)} (others run through transformers)", repr(self.method)
+            )
+        for name, linear in self.linears.items():
+            if linear.router is not None and linear.router not in self.routers:
+                raise UnknownNameError("Decoder", f"router of {name}", f"one of {', '.join(self.routers) or 'none'}", repr(linear.router))
+
+    @classmethod
+    def of_bank(cls, bank: AdapterBank, router_weight: Tensor, top_k: int, *, normalize: bool = True) -> ExpertSet:
+        """`lora_switch` over a bank: one router, router_weight [N, in], at the first adapted linear. The bank's factors are used in place.
+
+        Raises ShapeError where the router has not one row per slot of the bank; `route_topk` checks the rest.
+        """
+        if not isinstance(bank, AdapterBank):
+            raise InvalidTypeError("Decoder", "bank", "an AdapterBank", type(bank).__name__)
+        if router_weight.dim() != 2 or len(router_weight) != len(bank.slots):
+            raise ShapeError("Decoder", "router_weight", f"[{len(bank.slots)}, in] (the bank's slots)", list(router_weight.shape))
+        linears = {}
+        for name in bank.targets:
+            target = bank.target(name)
+            rank = max(target.ranks)  # the bank pads ranks; zeros need not be read
+            linears[name] = ExpertLinear(target.a[:, :rank], target.b[..., :rank], target.scaling, "token")
+        return cls("lora_switch", linears, {"token": partial(route_topk, router_weight=router_weight, k=top_k, normalize=normalize)}, bank)
+
+    @classmethod
+    def of_model(cls, model: torch.nn.Module) -> ExpertSet | None:
+        """The experts of a model that `inject` has changed, in place; None for a plain model."""
+        raise NotImplementedError
+
+    def check(self, weights: Mapping[str, Tensor]) -> None:
+        """Raise where the experts do not fit the weights: UnknownNameError, ShapeError, DtypeError, DeviceError."""
+        for name, linear in self.linears.items():
+            if name not in weights:
+                raise UnknownNameError("Decoder", "experts", "weights that the decoder has", f"no {name}")
+            weight = weights[name]
+            count, rank = linear.a.shape[:2]
+            expected = {"a": (count, rank, weight.shape[1]), "b": (count, weight.shape[0], rank), "scaling": (count,)}
+            for part, shape in expected.items():
+                tensor = getattr(linear, part)
+                if tuple(tensor.shape) != shape:
+                    raise ShapeError("Decoder", f"{part} of {name}", list(shape), list(tensor.shape))
+                if tensor.device != weight.device:
+                    raise DeviceError("Decoder", f"{part} of {name}", weight.device, tensor.device)
+                if part != "scaling" and tensor.dtype != weight.dtype:
+                    raise DtypeError("Decoder", f"{part} of {name}", f"the weight's dtype ({weight.dtype})", tensor.dtype)
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether one mixture can be merged into all weights: one choice per token, made for all linears, gates linear in the output."""
+        return self.method != "mixlora" and len({linear.router for linear in self.linears.values()}) == 1
+
+    def make_bank(self) -> AdapterBank:
+        """The bank over these factors: the given one, or a copy. Slot numbers are expert ids. Raises StateError unless `mergeable`."""
+        if self.bank is not None:
+            return self.bank
+        if not self.mergeable:
+            raise StateError("merge", "method", "one route per token for all linears (lora_switch, lora)", self.method)
+        tensors = {name: (linear.a.detach(), linear.b.detach()) for name, linear in self.linears.items()}
+        count = len(next(iter(self.linears.values())).a)
+        scaling = {name: linear.scaling for name, linear in self.linears.items()}
+        return AdapterBank.from_tensors(tensors, scaling, [f"expert_{index}" for index in range(count)])
+
+    def to(self, dtype: torch.dtype) -> ExpertSet:
+        """A copy with factors in another dtype. Routers stay as they are: they compute in float32 at least."""
+        linears = {name: ExpertLinear(x.a.to(dtype), x.b.to(dtype), x.scaling, x.router) for name, x in self.linears.items()}
+        return ExpertSet(self.method, linears, self.routers)
