@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fusedmerge.moe.config import LoRAMoEConfig as LoRAMoEConfig
+    from fusedmerge.moe.decoder import Decoder as Decoder
+    from fusedmerge.moe.experts import ExpertSet as ExpertSet
+    from fusedmerge.moe.generate import generate as generate
     from fusedmerge.moe.inject import eject as eject
     from fusedmerge.moe.inject import inject as inject
     from fusedmerge.moe.losses import aux_loss as aux_loss
@@ -19,10 +22,13 @@ if TYPE_CHECKING:
     from fusedmerge.moe.structure import structure as structure
 
 _LAZY = {
+    "Decoder": "decoder",
+    "ExpertSet": "experts",
     "LoRAMoEConfig": "config",
     "aux_loss": "losses",
     "checkpoint": "routing",
     "eject": "inject",
+    "generate": "generate",
     "inject": "inject",
     "structure": "structure",
 }

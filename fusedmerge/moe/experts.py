@@ -11,6 +11,7 @@ import torch
 
 from fusedmerge.bank import AdapterBank
 from fusedmerge.errors import DeviceError, DtypeError, InvalidTypeError, InvalidValueError, ShapeError, StateError, UnknownNameError
+from fusedmerge.moe.structure import structure
 from fusedmerge.ops import route_topk
 
 if TYPE_CHECKING:
@@ -73,8 +74,20 @@ class ExpertSet:
 
     @classmethod
     def of_model(cls, model: torch.nn.Module) -> ExpertSet | None:
-        """The experts of a model that `inject` has changed, in place; None for a plain model."""
-        raise NotImplementedError
+        """The experts of a model that `inject` has adapted, in its weights' dtype; None for a plain model.
+
+        Raises InvalidValueError for a method that the decoder does not run.
+        """
+        try:
+            found = structure(model)
+        except StateError:
+            return None
+        linears = {}
+        for name, part in found.linears.items():
+            dtype = part.base_layer.weight.dtype
+            router = None if part.static else part.shared or part.name
+            linears[name] = ExpertLinear(part.lora_A.detach().to(dtype), part.lora_B.detach().to(dtype), part.scaling, router)
+        return cls(found.config.method, linears, found.routers)
 
     def check(self, weights: Mapping[str, Tensor]) -> None:
         """Raise where the experts do not fit the weights: UnknownNameError, ShapeError, DtypeError, DeviceError."""

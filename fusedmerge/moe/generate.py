@@ -11,6 +11,7 @@ import torch
 
 from fusedmerge.errors import DeviceError, InvalidTypeError, InvalidValueError
 from fusedmerge.moe.decoder import Decoder, check_tokens
+from fusedmerge.moe.model_session import ModelSession
 from fusedmerge.moe.session import DecoderSession
 from fusedmerge.moe.strategies import STRATEGIES, choose
 
@@ -99,9 +100,13 @@ def _sample(logits: Tensor, temperature: float, generator: torch.Generator | Non
 
 
 def _open(model: torch.nn.Module | Decoder, strategy: str, batch: int, length: int, count: int) -> AbstractContextManager[Session]:
-    if isinstance(model, Decoder):
-        return DecoderSession(model, choose(model, count) if strategy == "auto" else strategy, batch, length + count)
-    raise NotImplementedError
+    if not isinstance(model, Decoder):
+        return ModelSession(model, strategy, count)
+    if strategy == "auto":
+        experts = model.experts
+        adapted = [] if experts is None else [(model.weights[name], linear) for name, linear in experts.linears.items()]
+        strategy = choose(None if experts is None else experts.method, adapted, count)
+    return DecoderSession(model, strategy, batch, length + count)
 
 
 def _vocabulary(model: Any) -> tuple[int, torch.device]:

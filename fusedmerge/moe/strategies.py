@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +21,7 @@ from fusedmerge.backend.cpu import exact_products
 from fusedmerge.errors import StateError
 from fusedmerge.moe.decoder_files import bias_name
 from fusedmerge.moe.experts import ExpertLinear
+from fusedmerge.moe.routing import TableRouter
 from fusedmerge.ops import lora_linear
 from fusedmerge.switcher import Switcher
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
     from fusedmerge.moe.decoder import Decoder
 
-__all__ = ["MERGED", "STRATEGIES", "UNMERGED", "Apply", "add_unfused", "choose", "make", "one_route"]
+__all__ = ["MERGED", "STRATEGIES", "UNMERGED", "Apply", "add_unfused", "choose", "full", "make", "one_route"]
 
 UNMERGED = ("backbone", "unfused", "fused")
 MERGED = ("merged-simple", "merged")
@@ -37,16 +38,19 @@ STRATEGIES = (*UNMERGED, *MERGED, "auto")
 GATE_TOLERANCE = 1e-5  # how far equal rows of a batch may come apart in the router's float32 GEMM
 
 
-def choose(decoder: Decoder, new_tokens: int) -> str:
+def choose(method: str | None, adapted: Iterable[tuple[Tensor, ExpertLinear]], new_tokens: int) -> str:
     """What "auto" stands for: merging a mixture reads and writes all adapted weights once, and saves its factors' bytes at every token that
-    it lives for. A router's choice lives for one token, a single static adapter for the whole generation."""
-    experts = decoder.experts
-    if experts is None or not experts.linears:
+    it lives for. A router's choice lives for one token, a single static adapter for the whole generation.
+
+    method: None for a plain backbone. adapted: (weight [out, in], its experts).
+    """
+    if method is None:
         return "backbone"
-    if experts.method != "lora":
+    if method != "lora":
         return "fused"
-    merge = sum(2 * decoder.weights[name].nbytes for name in experts.linears)
-    token = sum(linear.a.nbytes + linear.b.nbytes for linear in experts.linears.values())
+    pairs = list(adapted)
+    merge = sum(2 * weight.nbytes for weight, _ in pairs)
+    token = sum(experts.a.nbytes + experts.b.nbytes for _, experts in pairs)
     return "merged" if new_tokens * token > merge else "fused"
 
 
@@ -87,24 +91,33 @@ class Apply:
 class _Routed(Apply):
     """Experts chosen in the forward: each router is asked once, where it is first met."""
 
+    takes_empty = True  # id -1
+
     def __init__(self, decoder: Decoder) -> None:
         super().__init__(decoder)
         assert decoder.experts is not None
         self.experts = decoder.experts
+        self.tokens: Tensor | None = None
         self.chosen: dict[str | None, tuple[Tensor, Tensor]] = {}
 
     def start(self, tokens: Tensor) -> None:
-        self.chosen = {}
+        self.tokens, self.chosen = tokens, {}
 
     def route(self, router: str | None, x: Tensor) -> tuple[Tensor, Tensor]:
         """ids int32 [B, T, k] and gates float32 [B, T, k]."""
         if router not in self.chosen:
-            if router is None:
-                ids = torch.zeros(*x.shape[:-1], 1, dtype=torch.int32, device=x.device)
-                self.chosen[router] = ids, torch.ones_like(ids, dtype=torch.float32)
-            else:
-                self.chosen[router] = self.experts.routers[router](x)
+            self.chosen[router] = self._ask(router, x)
         return self.chosen[router]
+
+    def _ask(self, name: str | None, x: Tensor) -> tuple[Tensor, Tensor]:
+        if name is None:
+            ids = torch.zeros(*x.shape[:-1], 1, dtype=torch.int32, device=x.device)
+            return ids, torch.ones_like(ids, dtype=torch.float32)
+        router = self.experts.routers[name]
+        if not isinstance(router, TableRouter):
+            return router(x)
+        ids, gates = router(self.tokens)
+        return (ids, gates) if self.takes_empty else full(ids, gates)
 
 
 class Fused(_Routed):
@@ -142,6 +155,8 @@ class Fused(_Routed):
 
 class Unfused(Fused):
     """Experts beside each linear as plain torch applies them: W x, then the chosen experts' factors gathered and multiplied."""
+
+    takes_empty = False
 
     def project(self, x: Tensor, names: Sequence[str]) -> Sequence[Tensor]:
         outs = list(self.decoder.linears(x, names))  # packed where they are
@@ -184,6 +199,11 @@ def one_route(ids: Tensor, gates: Tensor, strategy: str) -> tuple[Tensor, Tensor
     return ids[0, 0], gates[0, 0].float()
 
 
+def full(ids: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
+    """Empty places (id -1) as expert 0 with gate 0, for what indexes by id."""
+    return ids.clamp_min(0), torch.where(ids >= 0, gates, 0.0)
+
+
 class _Merging(_Routed):
     def __init__(self, decoder: Decoder) -> None:
         super().__init__(decoder)
@@ -197,6 +217,8 @@ class MergedSimple(_Merging):
 
     From a pristine copy, as the Switcher does it, so that errors do not add up; a router per linear is as good as one for all.
     """
+
+    takes_empty = False
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__(decoder)
