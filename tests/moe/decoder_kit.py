@@ -31,6 +31,7 @@ def write_model(directory, kind="llama", dtype=torch.float32, shard_size="1GB", 
                 parameter.add_(0.2 * torch.randn_like(parameter))
             elif name.endswith("bias"):
                 parameter.normal_(0.0, 0.3)
+    model.generation_config.eos_token_id = None
     model.to(dtype).save_pretrained(str(directory), max_shard_size=shard_size)
     return model
 

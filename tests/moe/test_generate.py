@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ CASES = [(method, strategy) for method, found in METHODS.items() for strategy in
 def injected(directory, method="lora_switch", kind="llama", dtype=torch.float32, **options):
     """A model with random experts that matter, and a router with clear preferences."""
     model = write_model(directory, kind, dtype=dtype)
-    given = {"r": 4, "lora_alpha": 12, "init_lora_weights": False, "router_init_std": 1.0, **options}
+    given = {"r": 4, "lora_alpha": 4, "init_lora_weights": False, "router_init_std": 0.3, **options}
     if method != "lora":
         given.setdefault("num_experts", 4)
     return fm.moe.inject(model, fm.moe.LoRAMoEConfig(method=method, **given))
@@ -148,8 +149,6 @@ def test_an_exception_leaves_everything_as_it_was(switch, prompt, of, monkeypatc
             raise KeyboardInterrupt
         return logits.argmax(dim=-1)
 
-    import sys
-
     monkeypatch.setattr(sys.modules["fusedmerge.moe.generate"], "_sample", interrupted)
     for strategy in ("merged", "merged-simple", "fused"):
         calls.clear()
@@ -185,7 +184,8 @@ def test_eos(switch, prompt):
         length = new.index(stop) + 1 if stop in new else 30
         assert torch.equal(found[row, 9 : 9 + length], apart[row, 9 : 9 + length])
         assert (found[row, 9 + length :] == stop).all()
-    assert found.shape[1] == max(9 + (apart[row, 9:].tolist() + [stop]).index(stop) + 1 for row in range(2)) or found.shape[1] == 39
+    lengths = [min((row[9:].tolist() + [stop]).index(stop) + 1, 30) for row in apart]
+    assert found.shape[1] == 9 + max(lengths)
 
 
 def test_sampling(switch, prompt):
@@ -255,18 +255,21 @@ def test_bfloat16_beside_float32_experts(tmp_path, prompt):
     """inject keeps factors in float32; a generation uses them in the weights' dtype, as the bank of a Switcher does."""
     model = injected(tmp_path, dtype=torch.bfloat16)
     tokens = torch.cat([prompt, torch.randint(0, 67, (1, 25), generator=torch.Generator().manual_seed(1))], dim=1)
+    with fm.moe.structure(model).recording() as records, torch.no_grad():
+        model(tokens)  # its router reads the token alone: it chooses the same in any forward, but in float64 at a tie
     wide = copy.deepcopy(model).double()
     for part in fm.moe.structure(wide).linears.values():
         part.lora_A.data = part.lora_A.data.bfloat16().double()
         part.lora_B.data = part.lora_B.data.bfloat16().double()
     with torch.no_grad():
         own = fm.moe.structure(wide)
-        exact = wide(tokens).logits[:, 8:]
+        with own.forced(records[0].ids, records[0].gates):
+            exact = wide(tokens).logits[:, 8:]
         with own.suspended():
             without = wide(tokens).logits[:, 8:]
     rounding = relative(forced(model, "backbone", tokens, 9), without)
     for strategy in ALL:
         error = relative(forced(model, strategy, tokens, 9), exact)
-        assert error.mean() < 2 * rounding.mean()
-        assert error.max() < 3 * rounding.max()
+        assert error.mean() < 1.5 * rounding.mean()
+        assert error.max() < 2 * rounding.max()
     assert relative(without, exact).min() > 2 * rounding.max()
