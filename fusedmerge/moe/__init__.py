@@ -11,6 +11,8 @@ import types
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from fusedmerge.moe.compose import compose as compose
+    from fusedmerge.moe.compose import token_table as token_table
     from fusedmerge.moe.config import LoRAMoEConfig as LoRAMoEConfig
     from fusedmerge.moe.decoder import Decoder as Decoder
     from fusedmerge.moe.experts import ExpertSet as ExpertSet
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from fusedmerge.moe.inject import inject as inject
     from fusedmerge.moe.losses import aux_loss as aux_loss
     from fusedmerge.moe.routing import checkpoint as checkpoint
+    from fusedmerge.moe.storage import load as load
+    from fusedmerge.moe.storage import save as save
     from fusedmerge.moe.structure import structure as structure
 
 _LAZY = {
@@ -27,10 +31,14 @@ _LAZY = {
     "LoRAMoEConfig": "config",
     "aux_loss": "losses",
     "checkpoint": "routing",
+    "compose": "compose",
     "eject": "inject",
     "generate": "generate",
     "inject": "inject",
+    "load": "storage",
+    "save": "storage",
     "structure": "structure",
+    "token_table": "compose",
 }
 
 __all__ = [*_LAZY]  # noqa: PLE0604
