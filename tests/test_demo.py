@@ -88,7 +88,7 @@ def test_files_and_text(report, out):
     assert json.loads((out / "demo.json").read_text())["drift"]["switches"] == 25
     text = render(report)
     assert "NO " not in text
-    assert text.count("yes  ") == 5
+    assert text.count("yes  ") == 8
     for name in demo.ADAPTERS:
         assert name in text
 

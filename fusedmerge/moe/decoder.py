@@ -88,18 +88,22 @@ class Decoder:
         cls,
         directory: str | os.PathLike[str],
         *,
-        experts: ExpertSet | None = None,
+        experts: ExpertSet | str | os.PathLike[str] | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         packed: bool = False,
     ) -> Decoder:
         """Load a checkpoint of transformers (safetensors, one file or sharded). dtype: the configuration's own by default.
+        experts: also a directory that `fusedmerge.moe.save` wrote.
 
         Raises MissingFileError; FormatError for another architecture, an option that is not computed here, a tensor that is missing or
         unknown, a damaged file; ShapeError; DeviceError.
         """
         where = usable_device(device, _OP)
-        return cls(*read_checkpoint(directory, dtype, where), experts, packed=packed)
+        config, weights = read_checkpoint(directory, dtype, where)
+        if experts is not None and not isinstance(experts, ExpertSet):
+            experts = ExpertSet.load(experts, weights)
+        return cls(config, weights, experts, packed=packed)
 
     @classmethod
     def from_model(cls, model: torch.nn.Module, *, packed: bool = False) -> Decoder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -89,6 +90,15 @@ class ExpertSet:
             linears[name] = ExpertLinear(part.lora_A.detach().to(dtype), part.lora_B.detach().to(dtype), part.scaling, router)
         return cls(found.config.method, linears, found.routers)
 
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str], weights: Mapping[str, Tensor]) -> ExpertSet:
+        """What `fusedmerge.moe.save` wrote, or a layout that `fusedmerge.moe.load` knows, for a decoder's weights. Errors are `load`'s."""
+        from fusedmerge.moe.storage import load
+
+        found = cls.of_model(load(_skeleton(weights), directory))
+        assert found is not None
+        return found
+
     def check(self, weights: Mapping[str, Tensor]) -> None:
         """Raise where the experts do not fit the weights: UnknownNameError, ShapeError, DtypeError, DeviceError."""
         for name, linear in self.linears.items():
@@ -126,3 +136,27 @@ class ExpertSet:
         """A copy with factors in another dtype. Routers stay as they are: they compute in float32 at least."""
         linears = {name: ExpertLinear(x.a.to(dtype), x.b.to(dtype), x.scaling, x.router) for name, x in self.linears.items()}
         return ExpertSet(self.method, linears, self.routers)
+
+
+def _skeleton(weights: Mapping[str, Tensor]) -> torch.nn.Module:
+    """The modules of a transformers model over given weights, without its forward: what `inject` adapts and `load` fills."""
+    nn = torch.nn
+    root = nn.Module()
+    for name, weight in weights.items():
+        *parents, leaf, kind = name.split(".")
+        if kind != "weight" or not (leaf.endswith("_proj") or leaf == "embed_tokens"):
+            continue
+        module = root
+        for part in parents:
+            if part not in module._modules:
+                module.add_module(part, nn.Module())
+            module = module.get_submodule(part)
+        if leaf == "embed_tokens":
+            made: nn.Module = nn.Embedding(weight.shape[0], weight.shape[1], device="meta")
+        else:
+            made = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        made.weight = nn.Parameter(weight, requires_grad=False)
+        module.add_module(leaf, made)
+        if leaf == "gate_proj":
+            module.add_module("act_fn", nn.SiLU())
+    return root.eval()

@@ -46,7 +46,9 @@ class ModelSession:
         self._mask = torch.empty(0)
 
     def prefill(self, tokens: Tensor, padding: Tensor | None = None) -> Tensor:
-        """The logits [B, V] after tokens [B, T], of which the first `padding` [B] positions of each row are empty."""
+        """The logits [B, V] after tokens [B, T], of which the first `padding` [B] positions of each row are empty. Starts anew."""
+        self._restore()
+        self._cache = None
         slots = torch.arange(tokens.shape[1], device=tokens.device)  # [T]
         first = torch.zeros_like(tokens[:, :1]) if padding is None else padding[:, None]  # [B, 1]
         self._mask = (slots >= first).long()  # [B, T]
@@ -138,10 +140,15 @@ class ModelSession:
     def __exit__(self, *_: object) -> None:
         for module in self._training:
             module.training = True
+        self._restore()
+        if self._switcher is not None:
+            self._switcher.close()
+
+    def _restore(self) -> None:
         for part, base in self._base.items():
             part.base_layer.weight.detach().copy_(base)
         if self._switcher is not None:
-            self._switcher.close()
+            self._switcher.restore()
 
 
 def _structure(model: torch.nn.Module) -> Structure | None:

@@ -99,6 +99,7 @@ class _Routed(Apply):
         self.experts = decoder.experts
         self.tokens: Tensor | None = None
         self.chosen: dict[str | None, tuple[Tensor, Tensor]] = {}
+        self._static: dict[torch.Size, tuple[Tensor, Tensor]] = {}
 
     def start(self, tokens: Tensor) -> None:
         self.tokens, self.chosen = tokens, {}
@@ -111,8 +112,10 @@ class _Routed(Apply):
 
     def _ask(self, name: str | None, x: Tensor) -> tuple[Tensor, Tensor]:
         if name is None:
-            ids = torch.zeros(*x.shape[:-1], 1, dtype=torch.int32, device=x.device)
-            return ids, torch.ones_like(ids, dtype=torch.float32)
+            if x.shape not in self._static:
+                ids = torch.zeros(*x.shape[:-1], 1, dtype=torch.int32, device=x.device)
+                self._static[x.shape] = ids, torch.ones_like(ids, dtype=torch.float32)
+            return self._static[x.shape]
         router = self.experts.routers[name]
         if not isinstance(router, TableRouter):
             return router(x)

@@ -22,8 +22,11 @@ METHODS = {
     "mola": ("unfused", "merged-simple", "fused"),
     "moral": ("unfused", "merged-simple", "fused"),
     "molora": ("unfused", "merged-simple", "fused"),
+    "loramoe": ("unfused", "merged-simple", "fused"),
+    "mixlora": ("unfused", "fused"),
+    "pesc": ("unfused", "fused"),
+    "xlora": ("unfused", "fused"),
 }
-CASES = [(method, strategy) for method, found in METHODS.items() for strategy in found]
 
 
 def injected(directory, method="lora_switch", kind="llama", dtype=torch.float32, **options):
@@ -86,9 +89,9 @@ def test_greedy_tokens_are_those_of_transformers(model, prompt):
         assert torch.equal(tokens, expected)
 
 
-def test_the_decoder_over_the_models_own_weights(model, prompt):
+def test_the_decoder_over_the_models_own_weights(model, prompt, tmp_path):
     method = fm.moe.structure(model).config.method
-    if method not in ("lora_switch", "lora", "mola"):
+    if method not in ("lora_switch", "lora", "mola", "mixlora"):
         with pytest.raises(InvalidValueError, match="others run through transformers"):
             Decoder.from_model(model)
         return
@@ -99,6 +102,28 @@ def test_the_decoder_over_the_models_own_weights(model, prompt):
         for strategy in (*METHODS[method], "auto"):
             assert torch.equal(fm.moe.generate(decoder, prompt, 20, strategy=strategy), expected)
             assert state(model) == before
+    fm.moe.save(model, tmp_path / "experts")
+    fm.moe.eject(copy.deepcopy(model)).save_pretrained(tmp_path / "base")
+    loaded = Decoder.from_pretrained(tmp_path / "base", experts=tmp_path / "experts")
+    assert torch.equal(loaded.logits(expected), Decoder.from_model(model).logits(expected))
+
+
+def test_a_table_of_experts_by_token(tmp_path, prompt):
+    """Routes that are known before the forward, some of them of fewer experts or none."""
+    model = injected(tmp_path, router="table")
+    table = fm.moe.structure(model).routers["router"]
+    table.ids[::3, 1] = -1
+    table.ids[::5] = -1
+    table.gates.uniform_(0.2, 1.0, generator=torch.Generator().manual_seed(3))
+    tokens = torch.cat([prompt, torch.arange(25)[None]], dim=1)
+    exact = truth(model, tokens)[:, 8:]
+    decoder = Decoder.from_model(model)
+    assert relative(decoder.logits(tokens)[:, 8:], exact).max() < 1e-5
+    assert relative(decoder.logits(tokens, strategy="unfused")[:, 8:], exact).max() < 1e-5
+    expected = fm.moe.generate(model, prompt, 20)
+    for strategy in ALL:
+        assert relative(forced(model, strategy, tokens, 9), exact).max() < 1e-5
+        assert torch.equal(fm.moe.generate(decoder, prompt, 20, strategy=strategy), expected)
 
 
 def test_the_backbone_is_the_model_without_experts(switch, prompt, tmp_path):
@@ -184,7 +209,7 @@ def test_eos(switch, prompt):
         length = new.index(stop) + 1 if stop in new else 30
         assert torch.equal(found[row, 9 : 9 + length], apart[row, 9 : 9 + length])
         assert (found[row, 9 + length :] == stop).all()
-    lengths = [min((row[9:].tolist() + [stop]).index(stop) + 1, 30) for row in apart]
+    lengths = [min([*row[9:].tolist(), stop].index(stop) + 1, 30) for row in apart]
     assert found.shape[1] == 9 + max(lengths)
 
 
