@@ -75,7 +75,7 @@ def plot_decode(found: Mapping[str, Any], path: Path) -> None:
         axes.plot([rows[own[0]]["median_ms"]] * 2, [own[0] - 0.5, own[-1] + 0.5], color=INK, linewidth=0.9, linestyle=":")
     labels = [f"{row['method']}, {row['strategy']}" if row["strategy"] != "backbone" else f"backbone ({row['engine']})" for row in rows]
     axes.set_yticks(range(len(rows)), labels=labels, fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.margins(x=0.12)
     axes.set_xlim(left=0)
     axes.set_xlabel(f"milliseconds per token (median of {found['tokens']}, {found['device']}, batch 1)", color=INK, fontsize=8.5)
