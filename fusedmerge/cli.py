@@ -107,6 +107,7 @@ def _merge(parsed: argparse.Namespace) -> int:
 
 def _demo(parsed: argparse.Namespace) -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: the demo needs no network
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler writes lines of its own to stderr
     import transformers
 
     from fusedmerge.commands.demo import DemoConfig, run
@@ -117,7 +118,7 @@ def _demo(parsed: argparse.Namespace) -> int:
     report = run(parsed.out, DemoConfig(switches=parsed.switches), progress=not parsed.quiet)
     print(render(report))
     out = Path(parsed.out)
-    print(f"\n{report['seconds']:.0f} s. Written: {out / 'drift.png'}, {out / 'demo.json'}. Next:")
+    print(f"\n{report['seconds']:.0f} s. Written: {out / 'drift.png'}, {out / 'decode.png'}, {out / 'demo.json'}. Next:")
     print(f"  fusedmerge inspect {out / 'adapters' / 'math'} --base {out / 'base'}")
     return 0
 

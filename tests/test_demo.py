@@ -14,7 +14,7 @@ from fusedmerge.commands.demo_report import render
 from fusedmerge.commands.demo_setup import ModelSize, PeftSwitch, build_llama, clone, peft_load, weights_of
 from fusedmerge.errors import FusedMergeError
 
-CONFIG = demo.DemoConfig(model=ModelSize(hidden=64, intermediate=96, layers=1, heads=2, vocab=64), switches=25)
+CONFIG = demo.DemoConfig(model=ModelSize(hidden=64, intermediate=96, layers=1, heads=2, vocab=64), switches=25, tokens=6)
 
 
 @pytest.fixture(scope="module")
@@ -83,12 +83,33 @@ def test_a_live_merged_model_is_saved_and_loaded(report):
     assert saved["restored_bitwise"]
 
 
+def test_every_method_decodes(report):
+    found = report["decode"]
+    rows = {(row["engine"], row["method"], row["strategy"]): row for row in found["rows"]}
+    assert {row["strategy"] for row in found["rows"]} == {"backbone", "unfused", "merged-simple", "merged", "fused"}
+    assert {row["method"] for row in found["rows"]} >= {"lora", "lora_switch", "mola", "mixlora", "moral", "pesc"}
+    for engine in ("decoder", "transformers"):
+        backbone = rows[engine, "(no experts)", "backbone"]
+        assert rows[engine, "lora_switch", "merged"]["launches"] == backbone["launches"] + 1 + found["router_launches"]
+        for row in (row for row in found["rows"] if row["engine"] == engine):
+            assert len(row["samples_ms"]) == 6
+            assert row["median_ms"] > 0
+            assert 0 < row["mean_error"] < 2 * backbone["mean_error"]
+            assert row["restored_bitwise"]
+            assert row["launches"] > backbone["launches"] or row is backbone
+    copied = report["model"]["adapted"] * 2  # bytes of the pristine copy
+    merged, fused = rows["decoder", "lora_switch", "merged"], rows["decoder", "lora_switch", "fused"]
+    assert merged["peak_bytes"] > fused["peak_bytes"] + copied / 2
+    assert rows["decoder", "(no experts)", "backbone"]["over_backbone"] == 0
+
+
 def test_files_and_text(report, out):
-    assert (out / "drift.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("drift.png", "decode.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
     assert json.loads((out / "demo.json").read_text())["drift"]["switches"] == 25
     text = render(report)
     assert "NO " not in text
-    assert text.count("yes  ") == 5
+    assert text.count("yes  ") == 8
     for name in demo.ADAPTERS:
         assert name in text
 
@@ -96,7 +117,12 @@ def test_files_and_text(report, out):
 def test_a_failed_check_is_shown(report):
     changed = json.loads(json.dumps(report))
     changed["drift"]["methods"]["exact"]["restored_bitwise"] = False
-    assert "NO   exact: restore()" in render(changed)
+    changed["decode"]["router_launches"] += 1
+    changed["decode"]["rows"][3]["max_error"] = 1.0
+    text = render(changed)
+    assert "NO   exact: restore()" in text
+    assert "NO   decoding: merged adds 1 launch" in text
+    assert "NO   decoding: every method's error" in text
 
 
 def test_errors_of_known_weights():

@@ -57,51 +57,53 @@ class Base:
         return [path for path in files if not path.name.endswith(_WEIGHTS) and path.name not in ("config.json", RECORD, _MANIFEST)]
 
 
-def open_base(directory: str | os.PathLike[str]) -> Base:
+def open_base(directory: str | os.PathLike[str], operation: str = _OP) -> Base:
     """Read the headers of a Hugging Face checkpoint. Raises MissingFileError, or FormatError for one that cannot be merged into."""
     path = Path(directory)
     if not path.is_dir():
-        raise MissingFileError(_OP, "base", "a checkpoint directory on this machine", f"{str(path)!r}, which is not one")
+        raise MissingFileError(operation, "base", "a checkpoint directory on this machine", f"{str(path)!r}, which is not one")
     if (path / "adapter_config.json").is_file():
-        raise FormatError(_OP, str(path), "a whole checkpoint", "one with an adapter (adapter_config.json), which would be applied on top")
-    config = read_json(path / "config.json", _OP)
+        raise FormatError(
+            operation, str(path), "a whole checkpoint", "one with an adapter (adapter_config.json), which would be applied on top"
+        )
+    config = read_json(path / "config.json", operation)
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         if part.get("quantization_config") or part.get("compression_config"):
             expected = "a plain checkpoint (merge into the unquantised base)"
-            raise FormatError(_OP, f"{path}: config.json", expected, "one with a quantization_config")
+            raise FormatError(operation, f"{path}: config.json", expected, "one with a quantization_config")
     for stem in _STEMS:  # in transformers' own order: a single file is preferred to an index
         single, index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
         if (path / single).is_file():
-            return Base(path, config, {single: read_header(path / single, _OP)}, None, {})
+            return Base(path, config, {single: read_header(path / single, operation)}, None, {})
         if (path / index).is_file():
-            return _open_sharded(path, config, index)
+            return _open_sharded(path, config, index, operation)
     if any(path.glob("*.bin")):
         expected = "safetensors (convert it: from_pretrained, then save_pretrained)"
-        raise FormatError(_OP, str(path), expected, "a checkpoint of pickled .bin files")
-    raise MissingFileError(_OP, str(path), "model.safetensors or model.safetensors.index.json", "neither")
+        raise FormatError(operation, str(path), expected, "a checkpoint of pickled .bin files")
+    raise MissingFileError(operation, str(path), "model.safetensors or model.safetensors.index.json", "neither")
 
 
-def _open_sharded(path: Path, config: dict[str, Any], index: str) -> Base:
-    content = read_json(path / index, _OP)
+def _open_sharded(path: Path, config: dict[str, Any], index: str, operation: str) -> Base:
+    content = read_json(path / index, operation)
     weight_map, metadata = content.get("weight_map"), content.get("metadata") or {}
     if not isinstance(weight_map, dict) or not weight_map or not isinstance(metadata, dict):
-        raise FormatError(_OP, str(path / index), "a weight_map of tensor name to file", repr(weight_map)[:80])
+        raise FormatError(operation, str(path / index), "a weight_map of tensor name to file", repr(weight_map)[:80])
     shards: dict[str, Header] = {}
     for name in sorted(set(map(str, weight_map.values()))):
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise FormatError(_OP, str(path / index), "safetensors files beside the index", repr(name))
+            raise FormatError(operation, str(path / index), "safetensors files beside the index", repr(name))
         if not (path / name).is_file():
-            raise MissingFileError(_OP, str(path / index), f"the shard {name}", "no such file")
-        shards[name] = read_header(path / name, _OP)
+            raise MissingFileError(operation, str(path / index), f"the shard {name}", "no such file")
+        shards[name] = read_header(path / name, operation)
     owner: dict[str, str] = {}
     for name, header in shards.items():
         for tensor in header.entries:
             if tensor in owner:
-                raise FormatError(_OP, f"{path}: {tensor}", "each tensor in one shard", f"it in {owner[tensor]} and {name}")
+                raise FormatError(operation, f"{path}: {tensor}", "each tensor in one shard", f"it in {owner[tensor]} and {name}")
             owner[tensor] = name
     for tensor, name in weight_map.items():
         if owner.get(tensor) != name:
-            raise FormatError(_OP, f"{path / index}: {tensor}", f"a tensor in {name}", f"it in {owner.get(tensor, 'no shard')}")
+            raise FormatError(operation, f"{path / index}: {tensor}", f"a tensor in {name}", f"it in {owner.get(tensor, 'no shard')}")
     return Base(path, config, shards, index, metadata)
 
 

@@ -1,7 +1,8 @@
 """`fusedmerge demo`: the main job from end to end, on real formats, with every figure computed in the run.
 
 A small random Llama (transformers) and adapters (PEFT) are written to disk and read back; mixtures of them are merged by PEFT's own means
-and by this library, and all results are compared with float64 truth (see `demo_checks`).
+and by this library, LoRA-MoE models decode by every strategy (`demo_decode`), and all results are compared with float64 truth
+(`demo_checks`).
 """
 
 from __future__ import annotations
@@ -38,12 +39,13 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 
 
 def run(out: str | Path, config: DemoConfig | None = None, progress: bool = True) -> dict[str, Any]:
-    """Run the whole demo into directory `out`, and return its report (also written there as demo.json, with drift.png).
+    """Run the whole demo into directory `out`, and return its report (also written there as demo.json, with drift.png and decode.png).
 
     Raises InvalidValueError if `out` is a file.
     """
     from fusedmerge.commands import demo_checks
-    from fusedmerge.commands.plot import plot_drift
+    from fusedmerge.commands.demo_decode import decode
+    from fusedmerge.commands.plot import plot_decode, plot_drift
 
     config = config or DemoConfig()
     out = Path(out)
@@ -61,6 +63,8 @@ def run(out: str | Path, config: DemoConfig | None = None, progress: bool = True
             bar.update()
         stage.progress("drift")
         report["drift"] = drift(stage, bar.update)
+        report["decode"] = decode(stage, bar.update)
+    plot_decode(report["decode"], out / "decode.png")
     plot_drift(report["drift"], out / "drift.png")
     report["seconds"] = time.perf_counter() - start
     (out / "demo.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -71,7 +75,7 @@ def run(out: str | Path, config: DemoConfig | None = None, progress: bool = True
 def _bar(config: DemoConfig, progress: bool) -> Iterator[Any]:
     from tqdm import tqdm
 
-    with tqdm(total=3 + config.switches, disable=not progress, leave=False, dynamic_ncols=True) as bar:
+    with tqdm(total=3 + config.switches + config.tokens, disable=not progress, leave=False, dynamic_ncols=True) as bar:
         yield bar
 
 

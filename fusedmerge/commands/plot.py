@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["load_results", "plot_drift", "render_results", "suite_markdown"]
+__all__ = ["load_results", "plot_decode", "plot_drift", "render_results", "suite_markdown"]
 
 INK, MUTED = "#1f2933", "#7b8794"
 COLOURS = ("#c2410c", "#7c6a0a", "#0f766e")
@@ -58,6 +58,28 @@ def plot_drift(found: Mapping[str, Any], path: Path) -> None:
     axes.set_ylabel("|W - W0| / |W0|", color=INK)
     axes.set_title("What switching leaves behind in the weights (bfloat16)", loc="left", color=INK, fontsize=11)
     axes.legend(frameon=False, fontsize=8.5, loc="center right")
+    figure.savefig(path)
+
+
+def plot_decode(found: Mapping[str, Any], path: Path) -> None:
+    """Milliseconds per token of every method and strategy, the reference decoder's above transformers', with lines at the backbones."""
+    rows = found["rows"]
+    figure, axes = _figure(7, 0.9 + 0.3 * len(rows))
+    for index, row in enumerate(rows):
+        ours = row["strategy"] in ("merged", "fused")
+        colour = MUTED if row["strategy"] == "backbone" else COLOURS[2] if ours else "#c3cbd3"
+        axes.barh(index, row["median_ms"], color=colour, height=0.7)
+        axes.annotate(f"{row['median_ms']:.2f}", (row["median_ms"], index), (4, 0), textcoords="offset points", va="center", fontsize=7.5)
+    for engine in dict.fromkeys(row["engine"] for row in rows):
+        own = [index for index, row in enumerate(rows) if row["engine"] == engine]
+        axes.plot([rows[own[0]]["median_ms"]] * 2, [own[0] - 0.5, own[-1] + 0.5], color=INK, linewidth=0.9, linestyle=":")
+    labels = [f"{row['method']}, {row['strategy']}" if row["strategy"] != "backbone" else f"backbone ({row['engine']})" for row in rows]
+    axes.set_yticks(range(len(rows)), labels=labels, fontsize=8)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.margins(x=0.12)
+    axes.set_xlim(left=0)
+    axes.set_xlabel(f"milliseconds per token (median of {found['tokens']}, {found['device']}, batch 1)", color=INK, fontsize=8.5)
+    axes.set_title("What dynamic adapters cost a decoded token (dotted: the backbone)", loc="left", color=INK, fontsize=10)
     figure.savefig(path)
 
 

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from fusedmerge.moe.compose import compose as compose
     from fusedmerge.moe.compose import token_table as token_table
     from fusedmerge.moe.config import LoRAMoEConfig as LoRAMoEConfig
+    from fusedmerge.moe.decoder import Decoder as Decoder
+    from fusedmerge.moe.experts import ExpertSet as ExpertSet
+    from fusedmerge.moe.generate import generate as generate
     from fusedmerge.moe.inject import eject as eject
     from fusedmerge.moe.inject import inject as inject
     from fusedmerge.moe.losses import aux_loss as aux_loss
@@ -23,11 +26,14 @@ if TYPE_CHECKING:
     from fusedmerge.moe.structure import structure as structure
 
 _LAZY = {
+    "Decoder": "decoder",
+    "ExpertSet": "experts",
     "LoRAMoEConfig": "config",
     "aux_loss": "losses",
     "checkpoint": "routing",
     "compose": "compose",
     "eject": "inject",
+    "generate": "generate",
     "inject": "inject",
     "load": "storage",
     "save": "storage",

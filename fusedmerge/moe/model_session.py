@@ -1,0 +1,197 @@
+"""One generation of a transformers model, by its own forward and its own KV cache."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fusedmerge.errors import InvalidTypeError, StateError
+from fusedmerge.moe.experts import ExpertLinear
+from fusedmerge.moe.layers import MoELinear
+from fusedmerge.moe.routing import TableRouter
+from fusedmerge.moe.strategies import MERGED, add_unfused, choose, full, merge_simple, one_route
+from fusedmerge.moe.structure import Structure, structure
+from fusedmerge.ops import lora_linear
+from fusedmerge.switcher import Switcher
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["ModelSession"]
+
+_OP = "generate"
+
+
+class ModelSession:
+    """Prefill, then step after step, with one strategy. A context manager: on exit the model is as it was, in weights and in mode."""
+
+    def __init__(self, model: torch.nn.Module, strategy: str, new_tokens: int) -> None:
+        self.model = model
+        self.structure = _structure(model)
+        self.factors = {} if self.structure is None else {part: _factors(part) for part in self.structure.linears.values()}
+        if strategy == "auto":
+            method = None if self.structure is None else self.structure.config.method
+            strategy = choose(method, [(part.base_layer.weight, experts) for part, experts in self.factors.items()], new_tokens)
+        self.strategy = strategy
+        self._check()
+        self._accepted = inspect.signature(model.forward).parameters
+        self._switcher: Switcher | None = None
+        self._base: dict[MoELinear, Tensor] = {}
+        self._cache: Any = None
+        self._mask = torch.empty(0)
+
+    def prefill(self, tokens: Tensor, padding: Tensor | None = None) -> Tensor:
+        """The logits [B, V] after tokens [B, T], of which the first `padding` [B] positions of each row are empty. Starts anew."""
+        self._restore()
+        self._cache = None
+        slots = torch.arange(tokens.shape[1], device=tokens.device)  # [T]
+        first = torch.zeros_like(tokens[:, :1]) if padding is None else padding[:, None]  # [B, 1]
+        self._mask = (slots >= first).long()  # [B, T]
+        with self._unmerged("fused" if self.strategy in MERGED else self.strategy):
+            return self._forward(tokens, (slots - first).clamp_min(0))
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """The logits [B, V] after one more token [B] of each row."""
+        self._mask = torch.cat([self._mask, torch.ones_like(self._mask[:, :1])], dim=1)
+        positions = self._mask.sum(dim=1, keepdim=True) - 1  # [B, 1]
+        with self._merged(tokens[:, None]) if self.strategy in MERGED else self._unmerged(self.strategy):
+            return self._forward(tokens[:, None], positions)
+
+    def _forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        options = {"position_ids": positions, "logits_to_keep": 1}
+        out = self.model(
+            input_ids=tokens,
+            attention_mask=self._mask,
+            past_key_values=self._cache,
+            use_cache=True,
+            **{name: value for name, value in options.items() if name in self._accepted},
+        )
+        self._cache = getattr(out, "past_key_values", None)
+        if self._cache is None:
+            raise InvalidTypeError(_OP, "model", "a causal language model with a KV cache", type(self.model).__name__)
+        return out.logits[:, -1]
+
+    # ------------------------------------------------------------------ strategies
+
+    def _check(self) -> None:
+        if self.strategy == "backbone":
+            return
+        if self.structure is None:
+            raise StateError(_OP, "model", f'one that inject has adapted, for strategy "{self.strategy}"', "a plain one")
+        method = self.structure.config.method
+        can = {"merged": ("lora_switch", "lora"), "merged-simple": ("lora_switch", "lora", "mola", "moral", "molora", "loramoe")}
+        if method not in can.get(self.strategy, (method,)):
+            raise StateError(
+                _OP, "strategy", f'"fused" or "unfused" for {method}', f'"{self.strategy}" (for {", ".join(can[self.strategy])})'
+            )
+
+    @contextmanager
+    def _unmerged(self, strategy: str) -> Iterator[None]:
+        if self.structure is None:
+            yield
+        elif strategy == "backbone":
+            with self.structure.suspended():
+                yield
+        else:
+            with _applied_by(self.factors, _unfused if strategy == "unfused" else _fused):
+                yield
+
+    @contextmanager
+    def _merged(self, tokens: Tensor) -> Iterator[None]:
+        """Plain linears on weights that are merged where the forward first meets them. tokens [B, 1]."""
+        assert self.structure is not None
+        table = next((router for router in self.structure.routers.values() if isinstance(router, TableRouter)), None)
+        known = None if table is None else table(tokens)  # such a router reads the token itself
+        with self.structure.suspended(), ExitStack() as hooks:
+            parts = list(self.structure.linears.values())  # in execution order, which the prefill has shown
+            for part in parts[:1] if self.strategy == "merged" else parts:
+
+                def before(module: Any, args: tuple[Any, ...]) -> None:
+                    ids, gates = module.route(args[0]) if known is None else known
+                    self._merge(module, *one_route(ids, gates, self.strategy))
+
+                hooks.callback(part.register_forward_pre_hook(before).remove)
+            yield
+
+    def _merge(self, part: MoELinear, ids: Tensor, gates: Tensor) -> None:
+        assert self.structure is not None
+        if self.strategy == "merged":
+            if self._switcher is None:
+                self._switcher = Switcher(self.model, self.structure.bank())
+            self._switcher.switch(ids, gates)
+            return
+        live = part.base_layer.weight.detach()
+        if part not in self._base:
+            self._base[part] = live.clone()
+        merge_simple(live, self._base[part], self.factors[part], *full(ids, gates))
+
+    # ------------------------------------------------------------------ life
+
+    def __enter__(self) -> ModelSession:
+        self._training = [module for module in self.model.modules() if module.training]
+        self.model.eval()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for module in self._training:
+            module.training = True
+        self._restore()
+        if self._switcher is not None:
+            self._switcher.close()
+
+    def _restore(self) -> None:
+        for part, base in self._base.items():
+            part.base_layer.weight.detach().copy_(base)
+        if self._switcher is not None:
+            self._switcher.restore()
+
+
+def _structure(model: torch.nn.Module) -> Structure | None:
+    try:
+        return structure(model)
+    except StateError:
+        return None
+
+
+def _factors(part: MoELinear) -> ExpertLinear:
+    """One linear's experts in its weight's dtype, cast once: at each token that would cost more than the experts do."""
+    dtype = part.base_layer.weight.dtype
+    return ExpertLinear(part.lora_A.detach().to(dtype), part.lora_B.detach().to(dtype), part.scaling, None)
+
+
+# ---------------------------------------------------------------------- experts beside a linear
+
+Applied = Callable[[MoELinear, ExpertLinear, "Tensor", "Tensor", "Tensor"], "Tensor"]
+
+
+def _fused(part: MoELinear, experts: ExpertLinear, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
+    layer = part.base_layer
+    return lora_linear(x, layer.weight, experts.a, experts.b, ids, gates, experts.scaling, layer.bias)
+
+
+def _unfused(part: MoELinear, experts: ExpertLinear, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
+    if part.owner.config.router == "table":  # the others fill every place
+        ids, gates = full(ids, gates)
+    return add_unfused(part.base_layer(x), x, experts, ids, gates)
+
+
+@contextmanager
+def _applied_by(factors: Mapping[MoELinear, ExpertLinear], function: Applied) -> Iterator[None]:
+    """Inside, every linear computes its mixture by `function` from factors that were cast before."""
+
+    def each(part: MoELinear, experts: ExpertLinear, x: Tensor, ids: Tensor) -> Tensor:
+        pairs = x if x.dim() > ids.dim() else x[..., None, :].expand(*ids.shape, -1)  # [..., k, in]
+        return function(part, experts, pairs, ids[..., None], torch.ones(1, device=x.device).expand(*ids.shape, 1))
+
+    for part, experts in factors.items():
+        part.__dict__.update(mixed=partial(function, part, experts), each=partial(each, part, experts))
+    try:
+        yield
+    finally:
+        for part in factors:
+            del part.__dict__["mixed"], part.__dict__["each"]
