@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from fusedmerge.errors import FusedMergeError
 
 if TYPE_CHECKING:
+    from fusedmerge import moe as moe
     from fusedmerge.backend import backends as backends
     from fusedmerge.bank import AdapterBank as AdapterBank
     from fusedmerge.ops import lora_linear as lora_linear
@@ -29,7 +30,7 @@ _LAZY = {
     "route_topk": "fusedmerge.ops",
 }
 
-__all__ = ["FusedMergeError", "__version__", *_LAZY]  # noqa: PLE0604
+__all__ = ["FusedMergeError", "__version__", "moe", *_LAZY]  # noqa: PLE0604
 
 
 def _log_as_asked() -> None:
@@ -47,10 +48,12 @@ _log_as_asked()
 
 
 def __getattr__(name: str) -> object:
+    if name == "moe":
+        return importlib.import_module("fusedmerge.moe")
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY])
+    return sorted([*globals(), "moe", *_LAZY])

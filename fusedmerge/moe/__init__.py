@@ -1,0 +1,51 @@
+"""LoRA-MoE models: token-wise pre-gating (LoRA-Switch, arXiv 2405.17741) and the methods it is compared with.
+
+Loaded on first use (`fusedmerge.moe`), so that `import fusedmerge` needs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fusedmerge.moe.config import LoRAMoEConfig as LoRAMoEConfig
+    from fusedmerge.moe.inject import eject as eject
+    from fusedmerge.moe.inject import inject as inject
+    from fusedmerge.moe.losses import aux_loss as aux_loss
+    from fusedmerge.moe.routing import checkpoint as checkpoint
+    from fusedmerge.moe.structure import structure as structure
+
+_LAZY = {
+    "LoRAMoEConfig": "config",
+    "aux_loss": "losses",
+    "checkpoint": "routing",
+    "eject": "inject",
+    "inject": "inject",
+    "structure": "structure",
+}
+
+__all__ = [*_LAZY]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> object:
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"fusedmerge.moe.{_LAZY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])
+
+
+class _Package(types.ModuleType):
+    """Functions and the files that hold them share names (inject, structure): here the name means the function."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _LAZY and isinstance(value, types.ModuleType)):  # the import system binds a submodule to its package
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

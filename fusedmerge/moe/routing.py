@@ -1,0 +1,289 @@
+"""Which experts each token takes: the routers, and the routing of one forward call.
+
+A Routing is made when the model's forward is called and lives as long as that call, so that a second forward cannot disturb a first one's
+backward. A checkpointed region, which autograd runs again by itself, gets what was decided before it as inputs and gives what it decides
+as outputs (`Carried`): gradients reach the router through both kinds of checkpointing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+
+from fusedmerge.errors import InvalidTypeError, ShapeError, StateError
+from fusedmerge.ops import route_topk
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from fusedmerge.moe.structure import Structure
+
+__all__ = [
+    "Carried",
+    "Record",
+    "Router",
+    "Routing",
+    "TableRouter",
+    "checkpoint",
+    "current",
+    "enter",
+    "innermost",
+    "leave",
+    "under_way",
+    "wide_precision",
+]
+
+
+class Record(NamedTuple):
+    """What one router decided in one forward. Leading shapes are those of the router's input."""
+
+    name: str
+    ids: torch.Tensor  # int32 [..., k]
+    gates: torch.Tensor  # float32 [..., k]
+    logits: torch.Tensor  # float32 [..., N]
+
+
+def wide_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Keeps autocast from narrowing what is written as float32."""
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+
+
+class Router(nn.Module):
+    """Scores N experts for each token and chooses k (LoRA-Switch, arXiv 2405.17741, section 3; the gatings: LoRAMoEConfig).
+
+    weight [N, in], float32. in_features None: set by the first input, where only a forward can tell which linear comes first.
+    top_k None: dense, all N in their own order, gates softmax over all.
+    """
+
+    weight: nn.Parameter
+    every: torch.Tensor
+
+    def __init__(
+        self, num_experts: int, in_features: int | None, top_k: int | None, gating: str, std: float, seed: int, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.num_experts, self.top_k, self.gating, self.std, self.seed = num_experts, top_k, gating, std, seed
+        self.register_buffer("every", torch.arange(num_experts, dtype=torch.int32, device=device), persistent=False)
+        if in_features is None:
+            self.weight = torch.nn.parameter.UninitializedParameter(device=device, dtype=torch.float32)
+        else:
+            self.weight = nn.Parameter(self._drawn(in_features).to(device))
+
+    @property
+    def in_features(self) -> int | None:
+        """None as long as no input has told it."""
+        return None if isinstance(self.weight, torch.nn.parameter.UninitializedParameter) else int(self.weight.shape[1])
+
+    def _drawn(self, in_features: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.randn(self.num_experts, in_features, generator=generator, device="cpu") * self.std
+
+    @torch.no_grad()
+    def materialise(self, in_features: int) -> None:
+        """Set the width of a router that had none yet. The Parameter stays the same object, so optimisers keep it."""
+        if isinstance(self.weight, torch.nn.parameter.UninitializedParameter):
+            self.weight.materialize((self.num_experts, in_features))
+            self.weight.copy_(self._drawn(in_features))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [..., in] -> ids int32 [..., k], gates float32 [..., k] (float64 for float64 x). Nothing waits for the device."""
+        self._check(x)
+        with wide_precision(x.device):
+            if self.top_k is None:
+                return self.every.expand(*x.shape[:-1], self.num_experts), torch.softmax(self.logits(x), dim=-1)
+            ids, gates = route_topk(x, self.weight, self.top_k, normalize=self.gating == "softmax_of_topk")
+            if self.gating == "topk_of_softmax_renormalized":
+                gates = gates / gates.sum(dim=-1, keepdim=True)
+            return ids, gates
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in] -> [..., N], float32 (float64 for float64 x)."""
+        self._check(x)
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        with wide_precision(x.device):
+            return nn.functional.linear(x.to(dtype), self.weight.to(dtype))
+
+    def _check(self, x: torch.Tensor) -> None:
+        if self.in_features is None:
+            self.materialise(int(x.shape[-1]))
+        if x.shape[-1] != self.in_features:
+            raise ShapeError("Router", "x", f"[..., {self.in_features}]", list(x.shape))
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}, in_features={self.in_features}, top_k={self.top_k}, gating={self.gating}"
+
+
+class TableRouter(nn.Module):
+    """Fixed experts for each token id: no training, and known before the forward.
+
+    ids int32 [V, k] (-1: none), gates float32 [V, k]. The experts of token id v are row v.
+    """
+
+    ids: torch.Tensor
+    gates: torch.Tensor
+
+    def __init__(self, ids: torch.Tensor, gates: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("ids", ids.to(torch.int32))
+        self.register_buffer("gates", gates.to(torch.float32))
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> TableRouter:
+        gates = self.gates
+        super()._apply(fn, recurse)
+        self.gates = gates.to(self.gates.device)  # float32 whatever the model becomes
+        return self
+
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """input_ids [...] -> ids int32 [..., k], gates float32 [..., k]."""
+        return self.ids[input_ids], self.gates[input_ids]
+
+
+class Routing:
+    """The routing of one forward call.
+
+    decided: router name -> (ids, gates), for routers that several layers share; under ANY for all routers of the call.
+    records: what each router decided, kept where a loss or a caller wants it (`keeps`).
+    """
+
+    ANY = "*"
+
+    def __init__(
+        self,
+        owner: Structure,
+        root: nn.Module,
+        parent: Routing | None = None,
+        *,
+        mask: torch.Tensor | None = None,
+        keeps: bool = False,
+    ) -> None:
+        self.owner, self.root, self.parent, self.mask, self.keeps = owner, root, parent, mask, keeps
+        self.decided: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.records: list[Record] = []
+
+    def branch(self, decided: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Routing:
+        """The same call's routing for a region that may run again: what was decided before it, and no records yet."""
+        inner = Routing(self.owner, self.root, self.parent, mask=self.mask, keeps=self.keeps)
+        inner.decided = dict(decided)
+        return inner
+
+    def route(self, name: str, x: torch.Tensor, router: nn.Module | None, place: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """(ids, gates) for the tokens of x [..., in]. router: the caller's own; None: the shared one called `name`, which the first
+        caller's input is for. Raises StateError where that caller (`place`) is not the one of earlier forwards."""
+        found = self.decided.get(self.ANY) or self.decided.get(name)
+        if found is not None:
+            return self._fitted(found, x, place)
+        shared = router is None
+        if router is None:
+            router = self.owner.shared_router(self.root, name)
+            first = self.owner.places.setdefault(name, place)
+            if first != place:
+                hint = "call the whole model; a checkpointed part through fusedmerge.moe.checkpoint"
+                raise StateError("route", f"router {name}", f"{first} to run first, as before ({hint})", place)
+        ids, gates = router(x)
+        if shared:
+            self.decided[name] = (ids, gates)
+        if self.keeps and isinstance(router, Router):
+            self.records.append(Record(name, ids, gates, router.logits(x)))
+        return ids, gates
+
+    @staticmethod
+    def _fitted(found: tuple[torch.Tensor, torch.Tensor], x: torch.Tensor, place: str) -> tuple[torch.Tensor, torch.Tensor]:
+        ids, gates = found
+        if ids.shape[:-1] == x.shape[:-1]:
+            return ids, gates
+        k = ids.shape[-1]
+        if ids.numel() == x.shape[:-1].numel() * k:  # the same tokens, flattened
+            return ids.reshape(*x.shape[:-1], k), gates.reshape(*x.shape[:-1], k)
+        raise ShapeError("route", place, f"the {list(ids.shape[:-1])} tokens that were routed", list(x.shape[:-1]))
+
+
+_CURRENT: ContextVar[Routing | None] = ContextVar("fusedmerge.moe.routing", default=None)
+
+
+def innermost() -> Routing | None:
+    """The routing of the innermost forward of any injected model that is under way in this thread."""
+    return _CURRENT.get()
+
+
+def current(owner: Structure) -> Routing | None:
+    """The routing of the innermost forward of `owner`'s model that is under way in this thread."""
+    routing = _CURRENT.get()
+    while routing is not None and routing.owner is not owner:
+        routing = routing.parent
+    return routing
+
+
+@contextmanager
+def under_way(routing: Routing | None) -> Iterator[None]:
+    """Make `routing` the current one."""
+    outer = _CURRENT.get()
+    _CURRENT.set(routing)
+    try:
+        yield
+    finally:
+        _CURRENT.set(outer)
+
+
+def enter(routing: Routing) -> None:
+    """Begin a forward: `routing` is current until `leave`. It must have the present one as its parent."""
+    assert routing.parent is _CURRENT.get()
+    _CURRENT.set(routing)
+
+
+def leave(owner: Structure) -> Routing | None:
+    """End `owner`'s forward, whatever state an exception has left inside it; its routing (None if none is under way)."""
+    routing = current(owner)
+    if routing is not None:
+        _CURRENT.set(routing.parent)
+    return routing
+
+
+class Carried:
+    """A checkpoint function, `run(function, *args, **options)`, whose region takes its routing in and gives it back as tensors."""
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        self.run = run
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        outer = _CURRENT.get()
+        if outer is None:
+            return self.run(function, *args, **options)
+        names = list(outer.decided)
+        given = [tensor for name in names for tensor in outer.decided[name]]
+        made: dict[str, Any] = {}
+
+        def region(*inputs: Any) -> tuple[Any, ...]:
+            pairs = zip(inputs[0 : len(given) : 2], inputs[1 : len(given) : 2], strict=True)
+            inner = outer.branch(dict(zip(names, pairs, strict=True)))
+            with under_way(inner):
+                result = function(*inputs[len(given) :])
+            fresh = {name: pair for name, pair in inner.decided.items() if name not in names}
+            results = result if isinstance(result, tuple) else (result,)
+            made.update(single=not isinstance(result, tuple), results=len(results), fresh=list(fresh))
+            made["records"] = [record.name for record in inner.records]
+            return (*results, *(t for pair in fresh.values() for t in pair), *(t for record in inner.records for t in record[1:]))
+
+        outputs = self.run(region, *given, *args, **options)
+        results, rest = outputs[: made["results"]], list(outputs[made["results"] :])
+        for name in made["fresh"]:
+            outer.decided[name] = (rest.pop(0), rest.pop(0))
+        for name in made["records"]:
+            outer.records.append(Record(name, rest.pop(0), rest.pop(0), rest.pop(0)))
+        return results[0] if made["single"] else results
+
+
+def checkpoint(function: Callable[..., Any], *args: Any, use_reentrant: bool = False, **options: Any) -> Any:
+    """`torch.utils.checkpoint.checkpoint` for a part of an injected model (transformers' own checkpointing needs nothing of it).
+
+    Arguments for `function` are positional. Raises InvalidTypeError.
+    """
+    from torch.utils.checkpoint import checkpoint as run
+
+    if not callable(function):
+        raise InvalidTypeError("checkpoint", "function", "a callable", type(function).__name__)
+    return Carried(run)(function, *args, use_reentrant=use_reentrant, **options)

@@ -1,0 +1,236 @@
+"""Structure: what `inject` made of a model. Its parts, its bank, and how its routing is watched, forced or switched off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from fusedmerge.bank import AdapterBank
+from fusedmerge.errors import DtypeError, InvalidTypeError, ShapeError, StateError
+from fusedmerge.formats.lora import Adapter, Factors
+from fusedmerge.moe import losses
+from fusedmerge.moe.config import LoRAMoEConfig
+from fusedmerge.moe.layers import Experts, MoELinear
+from fusedmerge.moe.routing import Carried, Record, Routing, TableRouter, enter, innermost, leave
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+__all__ = ["Structure", "structure"]
+
+_ATTRIBUTE = "_fusedmerge_moe"
+
+
+def structure(model: nn.Module) -> Structure:
+    """What `inject` made of `model`; a wrapper's (DDP's, torch.compile's) is that of the model inside. Raises StateError."""
+    found = getattr(model, _ATTRIBUTE, None)
+    for name in ("module", "_orig_mod"):
+        if found is None and isinstance(getattr(model, name, None), nn.Module):
+            found = getattr(getattr(model, name), _ATTRIBUTE, None)
+    if not isinstance(found, Structure):
+        raise StateError("structure", "model", "a model that fusedmerge.moe.inject has adapted", type(model).__name__)
+    return found
+
+
+class Structure:
+    """Made by `inject`; found by `structure(model)`."""
+
+    def __init__(self, model: nn.Module, config: LoRAMoEConfig) -> None:
+        self.model = model
+        self.config = config
+        self.places: dict[str, str] = {}  # shared router -> the linear whose input it reads
+        self.last_loss: torch.Tensor | None = None  # aux_loss
+        self._experts: dict[str, Experts] = {}  # canonical module name -> linear or block
+        self._order: dict[str, None] = {}  # canonical module names, as they ran
+        self._suspended = 0
+        self._recorders: list[list[Record]] = []
+        self._forced: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._task_types: list[torch.Tensor] = []
+        self._handles: list[RemovableHandle] = []
+        self._undo: list[Callable[[], None]] = []
+
+    @property
+    def linears(self) -> dict[str, MoELinear]:
+        """Canonical weight name -> layer, in execution order as far as a forward has shown it (the first linear: from `inject` on,
+        for a transformers model)."""
+        first = [name for name in self.places.values() if name in self._experts]
+        names = dict.fromkeys([*first, *self._order, *self._experts] if len(self.places) == 1 else [*self._order, *self._experts])
+        return {f"{name}.weight": part for name in names if isinstance(part := self._experts[name], MoELinear)}
+
+    @property
+    def parts(self) -> Mapping[str, Experts]:
+        """Canonical module name -> what holds experts there: MoELinear, or a block."""
+        return self._experts
+
+    @property
+    def routers(self) -> dict[str, nn.Module]:
+        """By name: shared ones by their own name or their layer's, others by the module that they route."""
+        shared = getattr(self.model, "lora_routers", None)
+        found = {name.replace("/", "."): router for name, router in shared.items()} if shared is not None else {}
+        return found | {name: part.router for name, part in self._experts.items() if part.router is not None}
+
+    def shared_router(self, root: nn.Module, name: str) -> nn.Module:
+        """A shared router of `root`, which is the model or a data-parallel replica of it."""
+        routers: Any = root.lora_routers
+        return routers[name.replace(".", "/")]  # type: ignore[no-any-return]
+
+    def bank(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> AdapterBank:
+        """The experts of all linears as adapters ("expert_0", ... or config.expert_names), copied; the one of "lora", and the plain LoRA
+        beside a method's experts, as "static". device, dtype: each weight's own by default.
+
+        Raises StateError where experts cannot be merged (mixlora, pesc).
+        """
+        if not self.config.traits.mergeable:
+            got = f"{self.config.method}'s, with a non-linearity between them"
+            raise StateError("bank", "model", "experts that are linear in their layer's input", got)
+        adapters = [Adapter(name, self._factors(e, static=False)) for e, name in enumerate(self.config.names)]
+        adapters.append(Adapter("static", self._factors(0, static=True)))
+        return AdapterBank.from_adapters([adapter for adapter in adapters if adapter.targets], self.model, device, dtype, operation="bank")
+
+    def _factors(self, expert: int, static: bool) -> dict[str, Factors]:
+        return {
+            name: Factors(linear.lora_A[expert].detach(), linear.lora_B[expert].detach(), float(linear.scaling[expert]))
+            for name, linear in self.linears.items()
+            if linear.static is static and expert < linear.num_experts
+        }
+
+    @property
+    def is_suspended(self) -> bool:
+        return self._suspended > 0
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Inside, every adapted linear and block acts as what it was before: for weights that a Switcher has merged."""
+        self._suspended += 1
+        try:
+            yield
+        finally:
+            self._suspended -= 1
+
+    @contextmanager
+    def recording(self) -> Iterator[list[Record]]:
+        """Yields a list that gets each router's Record (name, ids, gates, logits) of every forward that ends inside, in order."""
+        records: list[Record] = []
+        self._recorders.append(records)
+        try:
+            yield records
+        finally:
+            self._recorders = [other for other in self._recorders if other is not records]
+
+    @contextmanager
+    def forced(self, ids: torch.Tensor, gates: torch.Tensor) -> Iterator[None]:
+        """Inside, every token takes the given experts, whatever the routers say. ids int [..., k] (-1: none), gates float [..., k]; leading
+        shape as the tokens of a forward, or 1 where it repeats. Raises InvalidTypeError, ShapeError, DtypeError."""
+        for field, tensor in (("ids", ids), ("gates", gates)):
+            if not isinstance(tensor, torch.Tensor):
+                raise InvalidTypeError("forced", field, "a tensor", type(tensor).__name__)
+            if tensor.is_floating_point() == (field == "ids"):
+                raise DtypeError("forced", field, "int32" if field == "ids" else "float32", tensor.dtype)
+        if ids.shape != gates.shape or ids.dim() < 1:
+            raise ShapeError("forced", "gates", f"that of ids, {list(ids.shape)}", list(gates.shape))
+        self._forced.append((ids.to(torch.int32), gates))
+        try:
+            yield
+        finally:
+            self._forced.pop()
+
+    @contextmanager
+    def task_types(self, types: torch.Tensor) -> Iterator[None]:
+        """Inside, the samples of a batch have these task types [B]: for LoRAMoE's constraint (config.expert_types)."""
+        self._task_types.append(types)
+        try:
+            yield
+        finally:
+            self._task_types.pop()
+
+    def note(self, name: str) -> None:
+        """A linear runs: its place in the execution order."""
+        if name not in self._order:
+            self._order[name] = None
+
+    def attach(self) -> None:
+        """Hook the model's forward."""
+        setattr(self.model, _ATTRIBUTE, self)
+        before = self.model.register_forward_pre_hook(self._before, with_kwargs=True)
+        after = self.model.register_forward_hook(self._after, with_kwargs=True, always_call=True)
+        self._handles = [before, after]
+
+    def detach(self) -> None:
+        """Give the model back as it was before `inject`."""
+        for handle in self._handles:
+            handle.remove()
+        for undo in reversed(self._undo):
+            undo()
+        delattr(self.model, _ATTRIBUTE)
+
+    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        config = self.config
+        if model.training and torch.is_grad_enabled():
+            _carry_checkpoints(model)
+        wanted = bool(config.balance_loss_coef and config.balance_loss != "none") or config.z_loss_coef > 0
+        wanted = wanted and (torch.is_grad_enabled() or kwargs.get("labels") is not None)
+        mask = kwargs.get("attention_mask")
+        routing = Routing(
+            self,
+            model,
+            innermost(),
+            mask=mask if isinstance(mask, torch.Tensor) else None,
+            keeps=wanted or bool(self._recorders),
+        )
+        if self._forced:
+            routing.decided[Routing.ANY] = self._forced[-1]
+        elif not self.is_suspended and isinstance(table := self._table(model), TableRouter):
+            routing.decided["router"] = table(_input_ids(args, kwargs))
+        enter(routing)
+
+    @staticmethod
+    def _table(model: nn.Module) -> nn.Module | None:
+        routers: Any = getattr(model, "lora_routers", None)
+        return routers["router"] if routers is not None and "router" in routers else None
+
+    def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        routing = leave(self)
+        if routing is None or output is None:
+            return None
+        for recorder in self._recorders:
+            recorder.extend(routing.records)
+        self.last_loss = None
+        if not routing.records and not torch.is_grad_enabled():
+            return None
+        task_types = self._task_types[-1] if self._task_types else None
+        self.last_loss = losses.total_loss(routing.records, self.config, routing.mask, task_types, _device(self.model))
+        return _with_loss(output, self.last_loss) if kwargs.get("labels") is not None and routing.records else None
+
+
+def _carry_checkpoints(model: nn.Module) -> None:
+    """transformers' layers checkpoint themselves with a function that they hold: let it carry the routing."""
+    for module in model.modules():
+        run = module.__dict__.get("_gradient_checkpointing_func")
+        if run is not None and not isinstance(run, Carried):
+            module._gradient_checkpointing_func = Carried(run)  # type: ignore[assignment]
+
+
+def _input_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    given = kwargs.get("input_ids", args[0] if args else None)
+    if not isinstance(given, torch.Tensor) or given.is_floating_point():
+        raise StateError("table router", "model", "a forward with input_ids", type(given).__name__)
+    return given
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _with_loss(output: Any, loss: torch.Tensor) -> Any:
+    """The output with the auxiliary loss added to its own; as it is where it has none."""
+    if isinstance(output, tuple) and not hasattr(output, "_fields"):
+        is_loss = bool(output) and isinstance(output[0], torch.Tensor) and output[0].dim() == 0
+        return (output[0] + loss.to(output[0].device), *output[1:]) if is_loss else output
+    own = getattr(output, "loss", None)
+    if isinstance(own, torch.Tensor):
+        output.loss = own + loss.to(own.device, own.dtype)
+    return output
