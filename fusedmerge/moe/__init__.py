@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fusedmerge.moe.losses import aux_loss as aux_loss
     from fusedmerge.moe.routing import checkpoint as checkpoint
     from fusedmerge.moe.structure import structure as structure
+    from fusedmerge.moe.training import train as train
 
 _LAZY = {
     "LoRAMoEConfig": "config",
@@ -25,6 +26,7 @@ _LAZY = {
     "eject": "inject",
     "inject": "inject",
     "structure": "structure",
+    "train": "training",
 }
 
 __all__ = [*_LAZY]  # noqa: PLE0604

@@ -50,7 +50,7 @@ SOURCES = {
     PRETRAINING: Source(("manpages", "manpages-dev"), ("/usr/share/man",), "man[0-9]*/*.gz", manual=True),
     **{code: _language(code) for code in ("de", "fr", "es", "pl", "ru", "it", "nl", "sv", "uk", "ro", "da", "hu", "cs", "fi")},
     "python": Source((), (sysconfig.get_paths()["stdlib"], "/usr/lib/python3/dist-packages"), "**/*.py"),
-    "c": Source(("linux-libc-dev",), ("/usr/include",), "**/*.h"),
+    "c": Source((), ("/usr/include",), "**/*.h"),
     "javascript": Source((), ("/usr/lib/node_modules", "/usr/share/nodejs", "/usr/share/javascript"), "**/*.js"),
     "perl": Source((), ("/usr/share/perl", "/usr/share/perl5"), "**/*.pm"),
     "tcl": Source(("tcllib",), ("/usr/share/tcltk",), "**/*.tcl", depth=2),

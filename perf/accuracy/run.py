@@ -42,6 +42,11 @@ class Job:
         return Path(self.folder) / f"{self.name}-lr{self.lr:g}-seed{self.seed}.json"
 
 
+def one_thread() -> None:
+    """A process's beginning: several of them share the cores."""
+    torch.set_num_threads(1)
+
+
 def run(job: Job) -> dict[str, Any]:
     """Train and judge a method; read instead, if it was done before."""
     if job.path.is_file():

@@ -52,6 +52,7 @@ class Setting:
     judged_windows: int = 24  # of each domain, in validation and in test
     autocast: bool = False
     processes: int = 2
+    despite_gate: bool = False  # go on without headroom: no result then
 
     def text(self, domains: int) -> str:
         return (
@@ -83,7 +84,7 @@ SETTINGS = {
     "smoke": Setting(
         DataSetting(("de", "fr", "python", "c"), vocabulary=512, domain_bytes=100_000, pretraining_bytes=200_000, least_domains=2),
         device="cpu", hidden=32, intermediate=64, layers=4, heads=2, context=32, windows=4,
-        pretraining_steps=20, pretraining_lr=4e-3, steps=3, r=16, seeds=2, learning_rates=(5e-3, 10e-3), judged_windows=2,
+        pretraining_steps=20, pretraining_lr=4e-3, steps=3, r=16, seeds=2, learning_rates=(5e-3, 10e-3), judged_windows=2, despite_gate=True,
     ),
 }  # fmt: skip
 SETTINGS["cpu_bytes"] = replace(SETTINGS["cpu"], data=replace(SETTINGS["cpu"].data, vocabulary=257), context=256, windows=8)
