@@ -39,7 +39,7 @@ METHODS: Mapping[str, Method] = {
     "mixlora": Method("block", 8, 2, 16, 32.0, 0.0, "softmax_of_topk", "mixtral", 0.001, False, "mlp"),
     "loramoe": Method("linear", 6, None, 4, 32.0, 0.0, "softmax_of_topk", "cv2", 0.1, True, "mlp"),
     "molora": Method("linear", 8, None, 4, 4.0, 0.0, "softmax_of_topk", "none", 0.0, True),
-    "xlora": Method("model", 8, None, 16, 32.0, 0.0, "softmax_of_topk", "none", 0.0, True),
+    "xlora": Method("model", 8, None, 16, 32.0, 0.0, "topk_of_softmax", "none", 0.0, True),
     "lora": Method("none", 1, 1, 16, 32.0, 0.0, "softmax_of_topk", "none", 0.0, True),
 }
 GATINGS = ("softmax_of_topk", "topk_of_softmax", "topk_of_softmax_renormalized")
@@ -55,8 +55,8 @@ class LoRAMoEConfig:
     num_experts: N; or a list, one entry for each layer, or for each of as many equal groups of layers, by depth (not where one router
         serves all layers). "lora" has one expert and "loramoe" is dense, whatever num_experts and top_k say.
     top_k: k experts per token; None for "molora" and "xlora" is dense.
-    r, lora_alpha, lora_dropout, init_lora_weights (True: B = 0; False: random; "gaussian"), use_rslora, target_modules ("all-linear", a list
-        of name endings, a regular expression for whole names): as PEFT means them.
+    r, lora_alpha, lora_dropout, init_lora_weights (True: B = 0; False: random; "gaussian"), use_rslora,
+        target_modules ("all-linear", a list of name endings, a regular expression for whole names): as PEFT means them.
     gating: "softmax_of_topk": over the k chosen logits (k = 1: over all, since a renormalised single gate would be constant);
         "topk_of_softmax": over all, then the k largest as they are; "topk_of_softmax_renormalized": then divided by their sum.
     router: "learned", or "table": fixed experts for each token id ("lora_switch" only).

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from fusedmerge.errors import InvalidTypeError, StateError
+from fusedmerge.moe.blocks import MixLoRABlock, PESCBlock
 from fusedmerge.moe.config import LoRAMoEConfig
 from fusedmerge.moe.layers import MoELinear
-from fusedmerge.moe.routing import Router
+from fusedmerge.moe.routing import Router, TableRouter
 from fusedmerge.moe.structure import _ATTRIBUTE, Structure, structure
 from fusedmerge.moe.targets import Plan, Site, make_plan
+from fusedmerge.moe.xlora import XLoRAClassifier, XLoRAOptions, hidden_size_of
+from fusedmerge.weights import canonical_name
 
 __all__ = ["eject", "inject"]
 
@@ -33,11 +37,10 @@ def inject(model: nn.Module, config: LoRAMoEConfig, seed: int = 0) -> nn.Module:
         raise StateError("inject", "model", "a model without adapters (eject it first)", "one that inject has adapted")
     plan = make_plan(model, config, "inject")
     made = Structure(model, config)
-    groups = {_group(site, config): site for site in reversed(plan.sites) if _group(site, config)}
     made.places.update(_find_places(model, plan, config))
     generator = torch.Generator().manual_seed(seed)
     parts = _build(made, plan, generator)
-    shared = {name.replace(".", "/"): _shared_router(made, name, plan, seed) for name in reversed(groups)}
+    shared = _shared_routers(made, plan, generator)
     return _install(model, made, parts, shared)
 
 
@@ -51,6 +54,8 @@ def _group(site: Site, config: LoRAMoEConfig) -> str:
     """The name of the shared router that serves a site; "": none."""
     if site.static or config.traits.place not in ("model", "layer"):
         return ""
+    if config.method == "xlora" and XLoRAOptions.of(config, "inject").layerwise:
+        return site.name.removesuffix(".weight")
     return "router" if config.traits.place == "model" or not site.layer else site.layer
 
 
@@ -63,54 +68,89 @@ def _draw_seed(generator: torch.Generator) -> int:
     return int(torch.randint(2**31, (1,), generator=generator, device="cpu"))
 
 
-def _build(made: Structure, plan: Plan, generator: torch.Generator) -> dict[str, MoELinear]:
-    config, parts = made.config, {}
+def _build(made: Structure, plan: Plan, generator: torch.Generator) -> dict[str, nn.Module]:
+    """What stands for each adapted module, by its path: linears first, then the MLPs around them."""
+    config = made.config
+    parts: dict[str, nn.Module] = {}
     for site in plan.sites:
         name = site.name.removesuffix(".weight")
         own = None
         if config.traits.place == "linear" and not site.static:
             own = _router(config, site.num_experts, site.linear.in_features, _draw_seed(generator), site.linear.weight.device)
-        parts[site.path] = MoELinear(made, name, site.linear, site.num_experts, own, _group(site, config) or None, generator)
-        made._experts[name] = parts[site.path]
+        shared = _group(site, config) or (canonical_name(site.block) if site.block else None)
+        parts[site.path] = made._experts[name] = MoELinear(made, name, site.linear, site.num_experts, own, shared, generator)
+    for block in plan.blocks:
+        name = canonical_name(block.path)
+        router = _router(config, block.num_experts, block.in_features, _draw_seed(generator), block.device)
+        if config.method == "pesc":
+            parts[block.path] = made._experts[name] = PESCBlock(made, block, name, router, generator)
+        else:
+            parts[block.path] = made._blocks[name] = MixLoRABlock(made, name, block.module, router)
     return parts
 
 
-def _shared_router(made: Structure, name: str, plan: Plan, seed: int) -> nn.Module:
-    members = [site for site in plan.sites if _group(site, made.config) == name]
-    place = made.places.get(name)
-    at = next((site for site in members if site.name.removesuffix(".weight") == place), members[0])
-    widths = {site.linear.in_features for site in members}
-    in_features = at.linear.in_features if place is not None or len(widths) == 1 else None
-    number = sum(ord(letter) * (index + 1) for index, letter in enumerate(name))
-    return _router(made.config, at.num_experts, in_features, seed + number, at.linear.weight.device)
+def _shared_routers(made: Structure, plan: Plan, generator: torch.Generator) -> dict[str, nn.Module]:
+    config, groups = made.config, dict.fromkeys(_group(site, made.config) for site in plan.sites)
+    if config.method == "xlora":
+        names = [site.name.removesuffix(".weight") for site in plan.sites]
+        return {
+            "router": XLoRAClassifier(config, names, hidden_size_of(made.model, "inject"), generator, plan.sites[0].linear.weight.device)
+        }
+    if config.router == "table":
+        return {"router": _random_table(made, generator)}
+    routers: dict[str, nn.Module] = {}
+    for name in groups:
+        members = [site for site in plan.sites if name and _group(site, config) == name]
+        place = made.places.get(name)
+        at = next((site for site in members if site.name.removesuffix(".weight") == place), members[0] if members else None)
+        if at is not None:
+            known = place is not None or len({site.linear.in_features for site in members}) == 1
+            width = at.linear.in_features if known else None
+            routers[name.replace(".", "/")] = _router(config, at.num_experts, width, _draw_seed(generator), at.linear.weight.device)
+    return routers
 
 
-def _install(model: nn.Module, made: Structure, parts: dict[str, MoELinear], shared: dict[str, nn.Module]) -> nn.Module:
+def _random_table(made: Structure, generator: torch.Generator) -> TableRouter:
+    """k distinct experts for each token id, at random, with equal gates (`compose` sets other tables)."""
+    embedding = _embedding(made.model)
+    if embedding is None:
+        embedding = next((module for module in made.model.modules() if isinstance(module, nn.Embedding)), None)
+    if embedding is None:
+        raise InvalidTypeError(
+            "inject", "model", "a model with an nn.Embedding of token ids (for a table router)", type(made.model).__name__
+        )
+    k, shape = int(made.config.top_k or 1), (embedding.num_embeddings, made.config.max_experts)
+    ids = torch.rand(shape, generator=generator, device="cpu").argsort(dim=-1)[:, :k]
+    device = embedding.weight.device
+    return TableRouter(ids.to(device), torch.full(ids.shape, 1 / k, device=device))
+
+
+def _install(model: nn.Module, made: Structure, parts: dict[str, nn.Module], shared: dict[str, nn.Module]) -> nn.Module:
     """From here on nothing raises."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.requires_grad_(False)
-            made._undo.append(_call(parameter.requires_grad_, True))
-    originals = {id(part.base_layer): part for part in parts.values()}
+            made._undo.append(partial(parameter.requires_grad_, True))
+    replacements: dict[int, nn.Module] = {id(part.base_layer): part for part in parts.values()}
     for path, module in list(model.named_modules(remove_duplicate=False)):
-        if id(module) in originals:
+        part = replacements.get(id(module))
+        if part is not None:
             parent, _, leaf = path.rpartition(".")
             where = model.get_submodule(parent)
-            part = originals[id(module)]
-            part.train(module.training)
+            part.training = module.training
             setattr(where, leaf, part)
-            made._undo.append(_call(setattr, where, leaf, module))
+            made._undo.append(partial(setattr, where, leaf, module))
     if shared:
         model.add_module("lora_routers", nn.ModuleDict(shared))
-        made._undo.append(_call(delattr, model, "lora_routers"))
+        made._undo.append(partial(delattr, model, "lora_routers"))
     made.attach()
     return model
 
 
-def _call(function: Callable[..., Any], *args: Any) -> Callable[[], None]:
-    from functools import partial
-
-    return partial(function, *args)
+def _embedding(model: Any) -> nn.Embedding | None:
+    """A transformers model's embedding of token ids."""
+    found = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    return found if isinstance(found, nn.Embedding) else None
 
 
 class _Found(Exception):
@@ -120,8 +160,8 @@ class _Found(Exception):
 def _find_places(model: nn.Module, plan: Plan, config: LoRAMoEConfig) -> dict[str, str]:
     """Shared router -> the linear of its group that a forward of one token reaches first; what no forward could show is left out."""
     groups = {_group(site, config) for site in plan.sites} - {""}
-    embedding = model.get_input_embeddings() if groups and hasattr(model, "get_input_embeddings") else None
-    if not isinstance(embedding, nn.Embedding):
+    embedding = _embedding(model) if groups else None
+    if embedding is None:
         return {}
     places: dict[str, str] = {}
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from fusedmerge.moe.routing import Router, Routing, current, wide_precision
+from fusedmerge.moe.routing import Router, decide, wide_precision
 from fusedmerge.ops import lora_linear
 
 if TYPE_CHECKING:
@@ -46,12 +46,13 @@ class Experts(nn.Module):
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     scaling: torch.Tensor
-    none_chosen: torch.Tensor
+    first: torch.Tensor
+    whole: torch.Tensor
 
-    def __init__(self, owner: Structure, name: str, router: Router | None, shared: str | None) -> None:
+    def __init__(self, owner: Structure, name: str, router: Router | None = None, shared: str | None = None) -> None:
         super().__init__()
         self.owner = owner
-        self.name = name  # the router's, if it is this module's own; a linear's canonical weight name without ".weight"
+        self.name = name  # canonical, of the module that this one stands for
         self.router = router
         self.shared = shared  # the name of the router that several linears share
         self.static = router is None and shared is None
@@ -94,12 +95,7 @@ class Experts(nn.Module):
         """x [..., in] -> ids [..., k], gates [..., k]: of this module's own router, or of the forward's shared one."""
         if self.static:
             return self.first.expand(*x.shape[:-1], 1), self.whole.expand(*x.shape[:-1], 1)
-        routing = current(self.owner)
-        if routing is None:
-            if self.router is not None:
-                return tuple(self.router(x))  # type: ignore[return-value]
-            routing = Routing(self.owner, self.owner.model)  # a part of the model, called by itself
-        return routing.route(self.shared or self.name, x, self.router, self.name)
+        return decide(self.owner, self.shared or self.name, x, self.router, self.name)
 
     def dropped(self, x: torch.Tensor) -> torch.Tensor:
         """x as the experts see it."""
@@ -178,7 +174,8 @@ class MoELinear(Experts):
     def _at_precision(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
         """x, W, bias, A, B in the dtype that the linear computes in: autocast's, or x's."""
         layer = self.base_layer
-        weight, bias = layer.weight, layer.bias
+        weight: torch.Tensor = layer.weight
+        bias: torch.Tensor | None = layer.bias
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

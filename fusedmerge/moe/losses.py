@@ -4,7 +4,7 @@ With P_i the mean over tokens of softmax(logits)_i, and n_i the mean number of t
 - "switch": N sum_i (n_i / k) P_i. Minimum 1, at uniform load (Switch Transformers, arXiv 2101.03961, eq. 4; for k > 1 divided by k).
 - "mixtral": N sum_i n_i P_i. Minimum k (Mixtral in transformers: load_balancing_loss_func; MixLoRA, arXiv 2404.15159, uses it).
 - "cv2": the squared coefficient of variation over the experts of their summed gates (Shazeer et al., arXiv 1701.06538, eq. 7). Where task
-  types are given, each summand is first weighted as in LoRAMoE's localized balance constraint (`localized`).
+  types are given, LoRAMoE's localized balance constraint instead (`localized_balance`).
 - z-loss: mean of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, eq. 5).
 """
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fusedmerge.moe.config import LoRAMoEConfig
     from fusedmerge.moe.routing import Record
 
-__all__ = ["aux_loss", "balance_loss", "localized", "total_loss", "z_loss"]
+__all__ = ["aux_loss", "balance_loss", "localized_balance", "total_loss", "z_loss"]
 
 _DELTA = 0.1  # LoRAMoE's delta
 
@@ -54,34 +54,34 @@ def total_loss(
         weights = _token_weights(record, mask)
         loss = record.logits.new_zeros(())
         if config.balance_loss_coef and config.balance_loss != "none":
-            scale = None
             if task_types is not None and config.expert_types is not None:
-                scale = localized(task_types, torch.tensor(config.expert_types, device=task_types.device), record.logits.shape)
-            loss = loss + config.balance_loss_coef * balance_loss(record, str(config.balance_loss), weights, scale)
+                balance = localized_balance(record, task_types, config.expert_types, weights)
+            else:
+                balance = balance_loss(record, str(config.balance_loss), weights)
+            loss = loss + config.balance_loss_coef * balance
         if config.z_loss_coef:
             loss = loss + config.z_loss_coef * z_loss(record, weights)
         losses.append(loss)
     return torch.stack([loss.to(losses[0].device) for loss in losses]).mean() if losses else torch.zeros((), device=device)
 
 
-def balance_loss(record: Record, kind: str, weights: torch.Tensor | None = None, scale: torch.Tensor | None = None) -> torch.Tensor:
-    """One router's balance loss, "switch", "mixtral" or "cv2". weights [T]: 0 for padding. scale [T, N]: of the gates, for "cv2"."""
-    num_experts = record.logits.shape[-1]
-    logits, k = record.logits.reshape(-1, num_experts), record.ids.shape[-1]
-    ids = record.ids.reshape(-1, k).long()
-    gates = record.gates.reshape(-1, k)
+def balance_loss(record: Record, kind: str, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """One router's balance loss, "switch", "mixtral" or "cv2". weights [T]: 0 for padding."""
+    logits, k = record.logits.reshape(-1, record.logits.shape[-1]), record.ids.shape[-1]
     weights = torch.ones_like(logits[:, 0]) if weights is None else weights.to(logits.dtype)
     if kind == "cv2":
-        per_expert = torch.zeros_like(logits).scatter_add(1, ids, gates.to(logits.dtype))  # [T, N]
-        if scale is not None:
-            per_expert = per_expert * scale
-        importance = (per_expert * weights[:, None]).sum(0)
+        importance = (_per_expert(record, record.gates) * weights[:, None]).sum(0)  # [N]
         return importance.var(unbiased=False) / importance.mean().square().clamp_min(1e-20)
     count = weights.sum().clamp_min(1)
-    chosen = torch.zeros_like(logits).scatter_add(1, ids, torch.ones_like(gates).to(logits.dtype))  # [T, N]
-    load = (chosen * weights[:, None]).sum(0) / count
+    load = (_per_expert(record, torch.ones_like(record.gates)) * weights[:, None]).sum(0) / count  # [N]
     mean_probability = (torch.softmax(logits, dim=-1) * weights[:, None]).sum(0) / count
-    return num_experts * (load.detach() * mean_probability).sum() / (k if kind == "switch" else 1)
+    return logits.shape[-1] * (load * mean_probability).sum() / (k if kind == "switch" else 1)
+
+
+def _per_expert(record: Record, values: torch.Tensor) -> torch.Tensor:
+    """values [..., k] of the chosen experts -> [T, N]."""
+    logits, k = record.logits.reshape(-1, record.logits.shape[-1]), record.ids.shape[-1]
+    return torch.zeros_like(logits).scatter_add(1, record.ids.reshape(-1, k).long(), values.reshape(-1, k).to(logits.dtype))
 
 
 def z_loss(record: Record, weights: torch.Tensor | None = None) -> torch.Tensor:
@@ -92,16 +92,25 @@ def z_loss(record: Record, weights: torch.Tensor | None = None) -> torch.Tensor:
     return (squares * weights.to(squares.dtype)).sum() / weights.sum().clamp_min(1).to(squares.dtype)
 
 
-def localized(task_types: torch.Tensor, expert_types: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """LoRAMoE's weights [T, N] (arXiv 2312.09979, section 3.3): 1 + delta where the sample's task type is the expert's, 1 - delta elsewhere.
+def localized_balance(
+    record: Record, task_types: torch.Tensor, expert_types: Sequence[int], weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """LoRAMoE's localized balance constraint (arXiv 2312.09979, section 3.3): var(Z) / mean(Z) over all entries of Z = I * Q [N, B].
 
-    task_types [B], one for each sample; expert_types [N]; shape [B, ..., N] of the logits.
+    Q is the gates' sum over a sample's tokens; I is 1 + delta where the expert's type is the sample's, else 1 - delta (delta = 0.1).
+    task_types [B], one for each sample of a batch [B, T]; expert_types: N. Raises ShapeError.
     """
-    if task_types.dim() != 1 or task_types.shape[0] != shape[0]:
-        raise ShapeError("aux_loss", "task_types", f"[{shape[0]}], one for each sample", list(task_types.shape))
-    same = task_types[:, None] == expert_types[None, :]  # [B, N]
-    weights = torch.where(same, 1.0 + _DELTA, 1.0 - _DELTA)
-    return weights.repeat_interleave(shape[:-1].numel() // shape[0], dim=0)
+    batch = record.logits.shape[0]
+    if task_types.shape != (batch,):
+        raise ShapeError("aux_loss", "task_types", f"[{batch}], one for each sample", list(task_types.shape))
+    gates = _per_expert(record, record.gates)  # [T, N]
+    if weights is not None:
+        gates = gates * weights.to(gates.dtype)[:, None]
+    importance = gates.reshape(batch, -1, gates.shape[-1]).sum(1)  # [B, N]
+    experts = torch.tensor(expert_types, device=task_types.device)
+    same = (task_types[:, None] == experts[None, :]).to(importance.device)
+    z = importance * torch.where(same, 1.0 + _DELTA, 1.0 - _DELTA).to(importance.dtype)
+    return z.var(unbiased=False) / z.mean().clamp_min(1e-20)
 
 
 def _token_weights(record: Record, mask: torch.Tensor | None) -> torch.Tensor | None:

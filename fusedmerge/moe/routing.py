@@ -70,14 +70,15 @@ class Router(nn.Module):
         self.num_experts, self.top_k, self.gating, self.std, self.seed = num_experts, top_k, gating, std, seed
         self.register_buffer("every", torch.arange(num_experts, dtype=torch.int32, device=device), persistent=False)
         if in_features is None:
-            self.weight = torch.nn.parameter.UninitializedParameter(device=device, dtype=torch.float32)
+            lazy: nn.Parameter = nn.UninitializedParameter(device=device, dtype=torch.float32)  # type: ignore[call-arg, assignment]
+            self.weight = lazy
         else:
             self.weight = nn.Parameter(self._drawn(in_features).to(device))
 
     @property
     def in_features(self) -> int | None:
         """None as long as no input has told it."""
-        return None if isinstance(self.weight, torch.nn.parameter.UninitializedParameter) else int(self.weight.shape[1])
+        return None if isinstance(self.weight, nn.UninitializedParameter) else int(self.weight.shape[1])
 
     def _drawn(self, in_features: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self.seed)
@@ -86,7 +87,7 @@ class Router(nn.Module):
     @torch.no_grad()
     def materialise(self, in_features: int) -> None:
         """Set the width of a router that had none yet. The Parameter stays the same object, so optimisers keep it."""
-        if isinstance(self.weight, torch.nn.parameter.UninitializedParameter):
+        if isinstance(self.weight, nn.UninitializedParameter):
             self.weight.materialize((self.num_experts, in_features))
             self.weight.copy_(self._drawn(in_features))
 
@@ -179,7 +180,7 @@ class Routing:
             return self._fitted(found, x, place)
         shared = router is None
         if router is None:
-            router = self.owner.shared_router(self.root, name)
+            router = self.owner.shared_router(self.root, name, place)
             first = self.owner.places.setdefault(name, place)
             if first != place:
                 hint = "call the whole model; a checkpointed part through fusedmerge.moe.checkpoint"
@@ -241,6 +242,17 @@ def leave(owner: Structure) -> Routing | None:
     if routing is not None:
         _CURRENT.set(routing.parent)
     return routing
+
+
+def decide(owner: Structure, name: str, x: torch.Tensor, router: nn.Module | None, place: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids [..., k], gates [..., k]) for the tokens of x [..., in], as `Routing.route`, in whichever forward is under way."""
+    routing = current(owner)
+    if routing is None:
+        if router is not None:
+            ids, gates = router(x)
+            return ids, gates
+        routing = Routing(owner, owner.model)  # a part of the model, called by itself
+    return routing.route(name, x, router, place)
 
 
 class Carried:

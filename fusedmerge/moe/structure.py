@@ -13,9 +13,11 @@ from fusedmerge.bank import AdapterBank
 from fusedmerge.errors import DtypeError, InvalidTypeError, ShapeError, StateError
 from fusedmerge.formats.lora import Adapter, Factors
 from fusedmerge.moe import losses
+from fusedmerge.moe.blocks import MixLoRABlock
 from fusedmerge.moe.config import LoRAMoEConfig
 from fusedmerge.moe.layers import Experts, MoELinear
-from fusedmerge.moe.routing import Carried, Record, Routing, TableRouter, enter, innermost, leave
+from fusedmerge.moe.routing import Carried, Record, Router, Routing, TableRouter, enter, innermost, leave
+from fusedmerge.moe.xlora import XLoRAClassifier, first_pass
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -45,13 +47,14 @@ class Structure:
         self.places: dict[str, str] = {}  # shared router -> the linear whose input it reads
         self.last_loss: torch.Tensor | None = None  # aux_loss
         self._experts: dict[str, Experts] = {}  # canonical module name -> linear or block
+        self._blocks: dict[str, MixLoRABlock] = {}
         self._order: dict[str, None] = {}  # canonical module names, as they ran
         self._suspended = 0
         self._recorders: list[list[Record]] = []
         self._forced: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._task_types: list[torch.Tensor] = []
         self._handles: list[RemovableHandle] = []
-        self._undo: list[Callable[[], None]] = []
+        self._undo: list[Callable[[], object]] = []
 
     @property
     def linears(self) -> dict[str, MoELinear]:
@@ -63,7 +66,7 @@ class Structure:
 
     @property
     def parts(self) -> Mapping[str, Experts]:
-        """Canonical module name -> what holds experts there: MoELinear, or a block."""
+        """Canonical module name -> what holds experts there: MoELinear or PESCBlock."""
         return self._experts
 
     @property
@@ -71,12 +74,19 @@ class Structure:
         """By name: shared ones by their own name or their layer's, others by the module that they route."""
         shared = getattr(self.model, "lora_routers", None)
         found = {name.replace("/", "."): router for name, router in shared.items()} if shared is not None else {}
-        return found | {name: part.router for name, part in self._experts.items() if part.router is not None}
+        own: dict[str, nn.Module] = {name: part.router for name, part in self._experts.items() if part.router is not None}
+        return found | own | {name: block.router for name, block in self._blocks.items()}
 
-    def shared_router(self, root: nn.Module, name: str) -> nn.Module:
-        """A shared router of `root`, which is the model or a data-parallel replica of it."""
-        routers: Any = root.lora_routers
-        return routers[name.replace(".", "/")]  # type: ignore[no-any-return]
+    def shared_router(self, root: nn.Module, name: str, place: str) -> nn.Module:
+        """A shared router of `root`, which is the model or a data-parallel replica of it. Raises StateError where a forward of the whole
+        model would have decided before `place` runs."""
+        routers: Any = getattr(root, "lora_routers", {})
+        key = name.replace(".", "/")
+        if key not in routers or not isinstance(routers[key], Router):
+            raise StateError(
+                "route", place, f"a forward of the whole model, or of the block around it ({self.config.method})", "a part of it"
+            )
+        return routers[key]
 
     def bank(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> AdapterBank:
         """The experts of all linears as adapters ("expert_0", ... or config.expert_names), copied; the one of "lora", and the plain LoRA
@@ -167,7 +177,7 @@ class Structure:
             undo()
         delattr(self.model, _ATTRIBUTE)
 
-    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         config = self.config
         if model.training and torch.is_grad_enabled():
             _carry_checkpoints(model)
@@ -183,14 +193,25 @@ class Structure:
         )
         if self._forced:
             routing.decided[Routing.ANY] = self._forced[-1]
-        elif not self.is_suspended and isinstance(table := self._table(model), TableRouter):
-            routing.decided["router"] = table(_input_ids(args, kwargs))
+        elif not self.is_suspended:
+            kwargs = kwargs | self._decide_beforehand(routing, args, kwargs)
         enter(routing)
+        return args, kwargs
 
-    @staticmethod
-    def _table(model: nn.Module) -> nn.Module | None:
-        routers: Any = getattr(model, "lora_routers", None)
-        return routers["router"] if routers is not None and "router" in routers else None
+    def _decide_beforehand(self, routing: Routing, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What a table or X-LoRA's first pass decides before the forward; the arguments that the forward is to have besides its own."""
+        routers: Any = getattr(routing.root, "lora_routers", {})
+        router = routers["router"] if "router" in routers else None  # noqa: SIM401 (a ModuleDict has no get)
+        if isinstance(router, TableRouter):
+            routing.decided["router"] = router(_input_ids(args, kwargs))
+        if not isinstance(router, XLoRAClassifier):
+            return {}
+        hidden, more = first_pass(self, routing.root, args, kwargs)
+        for name, (ids, gates, logits) in router(hidden).items():
+            routing.decided[name] = (ids, gates)
+            if routing.keeps:
+                routing.records.append(Record(name, ids, gates, logits))
+        return more
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         routing = leave(self)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -101,7 +102,8 @@ def make_plan(model: nn.Module, config: LoRAMoEConfig, operation: str) -> Plan:
 def _matching(model: nn.Module, config: LoRAMoEConfig, operation: str) -> Iterator[tuple[str, nn.Linear]]:
     """The linears that target_modules means, by path; of a module that is registered twice, the first path."""
     targets = config.target_modules
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    any_model: Any = model
+    output = any_model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     found, others = {}, []
     for path, module in model.named_modules():
         if targets == "all-linear":
