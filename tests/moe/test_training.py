@@ -191,12 +191,15 @@ def test_the_loss_holds_the_balance_loss() -> None:
 
 def test_mixed_precision_keeps_parameters_in_float32() -> None:
     model = llama(lora_dropout=0.1)
+    computed = []
+    model.lm_head.register_forward_hook(lambda module, args, out: computed.append(out.dtype))
     losses = fm.moe.train(model, batches(1), 30, lr=1e-2, autocast=torch.bfloat16, progress=False)
+    assert set(computed) == {torch.bfloat16}
     assert losses[-1] < losses[0] - 0.1
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
-def test_gradients_are_clipped_together() -> None:
+def test_gradients_are_averaged_and_clipped() -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -215,8 +218,8 @@ def test_gradients_are_clipped_together() -> None:
 
         patch.setattr(torch.optim.AdamW, "step", step)
         fm.moe.train(Scaled(), [{"x": torch.tensor([30.0, -40.0])}], 2, max_grad_norm=0.5, progress=False)
-        fm.moe.train(Scaled(), [{"x": torch.tensor([30.0, -40.0])}], 1, max_grad_norm=None, progress=False)
-    assert seen == pytest.approx([0.5, 0.5, 50.0], rel=1e-4)
+        fm.moe.train(Scaled(), [{"x": torch.tensor([30.0, -40.0])}], 1, max_grad_norm=None, accumulate=2, progress=False)
+    assert seen == pytest.approx([0.5, 0.5, 50.0], rel=1e-4)  # accumulated batches are averaged, not summed
 
 
 def test_learning_rate() -> None:
