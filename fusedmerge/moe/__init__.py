@@ -11,11 +11,15 @@ import types
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from fusedmerge.moe.compose import compose as compose
+    from fusedmerge.moe.compose import token_table as token_table
     from fusedmerge.moe.config import LoRAMoEConfig as LoRAMoEConfig
     from fusedmerge.moe.inject import eject as eject
     from fusedmerge.moe.inject import inject as inject
     from fusedmerge.moe.losses import aux_loss as aux_loss
     from fusedmerge.moe.routing import checkpoint as checkpoint
+    from fusedmerge.moe.storage import load as load
+    from fusedmerge.moe.storage import save as save
     from fusedmerge.moe.structure import structure as structure
     from fusedmerge.moe.training import train as train
 
@@ -23,9 +27,13 @@ _LAZY = {
     "LoRAMoEConfig": "config",
     "aux_loss": "losses",
     "checkpoint": "routing",
+    "compose": "compose",
     "eject": "inject",
     "inject": "inject",
+    "load": "storage",
+    "save": "storage",
     "structure": "structure",
+    "token_table": "compose",
     "train": "training",
 }
 

@@ -39,6 +39,7 @@ class XLoRAOptions:
     temperature: float = 1.0
     global_scaling: float = 1.0
     bias: bool = True
+    relu: bool = True  # between the layers
 
     @classmethod
     def of(cls, config: LoRAMoEConfig, operation: str) -> XLoRAOptions:
@@ -54,7 +55,7 @@ class XLoRAOptions:
 
 
 class XLoRAClassifier(nn.Module):
-    """From hidden states to gates. The layers are those of PEFT's classifier: Linear, or (Linear, ReLU, Dropout) ... Linear."""
+    """From hidden states to gates. `depth` linears, with ReLU and dropout between them, as PEFT's."""
 
     def __init__(self, config: LoRAMoEConfig, names: list[str], hidden_size: int, generator: torch.Generator, device: torch.device) -> None:
         super().__init__()
@@ -63,22 +64,22 @@ class XLoRAClassifier(nn.Module):
         self.names = names  # of the adapted linears, in the model's order
         outputs = self.num_experts * (len(names) if self.options.layerwise else 1)
         widths = [hidden_size, *[self.options.size] * (self.options.depth - 1), outputs]
-        layers: list[nn.Module] = []
-        for index, (columns, rows) in enumerate(pairwise(widths)):
+        self.layers = nn.ModuleList()
+        for columns, rows in pairwise(widths):
             linear = nn.utils.skip_init(nn.Linear, columns, rows, bias=self.options.bias, device=device)
             for parameter in linear.parameters():  # nn.Linear's own distribution, from our generator
                 drawn = torch.empty(parameter.shape, device="cpu").uniform_(-(columns**-0.5), columns**-0.5, generator=generator)
                 parameter.data.copy_(drawn)
-            layers.append(linear)
-            if index < self.options.depth - 1:
-                layers += [nn.ReLU(), *([nn.Dropout(self.options.dropout)] if self.options.dropout else [])]
-        self.layers = nn.Sequential(*layers)
+            self.layers.append(linear)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [..., d] -> [..., L, N], L = 1 unless layerwise; float32."""
         first: Any = self.layers[0]
         with wide_precision(hidden.device):
-            out = self.layers(hidden.to(first.weight.dtype))
+            out = first(hidden.to(first.weight.dtype))
+            for layer in list(self.layers)[1:]:
+                out = torch.relu(out) if self.options.relu else out
+                out = layer(nn.functional.dropout(out, self.options.dropout, self.training))
             out = out if out.dtype == torch.float64 else out.float()
             return out.reshape(*hidden.shape[:-1], -1, self.num_experts) / self.options.temperature
 
