@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from fusedmerge.commands.accuracy import accuracy_markdown, plot_accuracy
 from perf.accuracy import data as data_module
 from perf.accuracy import report
 from perf.accuracy.data import END, SPLITS, Data, Source, collect, roff_to_text, split_of
@@ -92,7 +93,8 @@ def test_router_figures() -> None:
 
 
 def results() -> dict[str, Any]:
-    methods: dict[str, Any] = {name: {"title": m.title, "seeds": [3.0, 3.1], "params": 10, "lr": 0.005, "r": 4} for name, m in METHODS.items()}
+    entry = {"seeds": [3.0, 3.1], "params": 10, "lr": 0.005, "r": 4}
+    methods: dict[str, Any] = {name: {"title": method.title, **entry} for name, method in METHODS.items()}
     methods["lora_switch"] |= {"seeds": [2.9, 3.05], "cpu_seconds": [20.0, 22.0]}
     methods["lora_switch"]["routers"] = [report.router_figures({"router": [[0.9, 0.1], [0.2, 0.8]]})] * 2
     methods = {"backbone": {"title": "backbone", "seeds": [5.0, 5.1], "params": 0, "lr": None}, **methods}
@@ -106,14 +108,14 @@ def results() -> dict[str, Any]:
 
 def test_report(tmp_path: Path) -> None:
     given = results()
-    text = report.accuracy_markdown(given)
+    text = accuracy_markdown(given)
     assert "Notice: fr is left out." in text
     assert "| LoRA-Switch, token-wise | 2.9750 ± 0.1061 | 2.900 3.050 |" in text
     assert text.count("**no**") == sum(not entry["holds"] for entry in given["criteria"].values()) > 0
     failed = {**given, "gate": report.gate([3.0, 3.2], [3.0, 3.1])}
     del failed["criteria"]
-    assert report.INCONCLUSIVE in report.accuracy_markdown(failed)
-    report.accuracy_plot(given, tmp_path / "a.png")
+    assert report.INCONCLUSIVE in accuracy_markdown(failed)
+    plot_accuracy(given, tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 10_000
 
 
@@ -198,7 +200,7 @@ def test_sizes(name: str) -> None:
     sizes = {}
     for key, one in (("own", method), ("lora_switch", METHODS["lora_switch"])):
         sizes[key] = trainable(build(TINY, one, rank_of(TINY, one, 300), state, 2, 0))
-    if name in METHODS and name != "lora_equal_active" or method.rank == "matched":
+    if (name in METHODS and name != "lora_equal_active") or method.rank == "matched":
         assert abs(sizes["own"] / sizes["lora_switch"] - 1) <= SLACK
     if method.table:
         assert sizes["own"] == sizes["lora_switch"] - TINY.num_experts * TINY.hidden

@@ -1,7 +1,7 @@
 """A plain training loop for injected models: AdamW over what is trainable, and a resume that continues bit by bit.
 
-Anything that trains an nn.Module can train an injected model (examples/train_lora_switch.py does it with transformers' Trainer); this loop is
-for those who want nothing else.
+Anything that trains an nn.Module can train an injected model: examples/train_lora_switch.py does it with transformers' Trainer. This loop
+is for those who want no more than a loop.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def train(
         optimiser, and the random state. If it is there, training goes on from it, to the same bits as without the interruption; the batches
         of the steps that are done are drawn and dropped.
 
-    Raises InvalidTypeError, InvalidValueError, StateError (nothing trainable, no loss, a loss that is not finite), FormatError (a checkpoint
-    of another model or of other settings).
+    Raises InvalidTypeError, InvalidValueError, StateError (nothing trainable, a router whose width no forward has told, no loss, a loss
+    that is not finite), FormatError (a checkpoint of another model or of other settings).
     """
     import torch
     from tqdm import tqdm
@@ -141,6 +141,9 @@ def _check(
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trained:
         raise StateError(_OPERATION, "model", "parameters that require gradients (is it injected?)", "none")
+    for name, parameter in trained.items():
+        if torch.nn.parameter.is_lazy(parameter):
+            raise StateError(_OPERATION, name, "a parameter with a shape (run the model once)", "none yet")
     return trained
 
 
@@ -210,7 +213,7 @@ def _resume(
         raise FormatError(_OPERATION, str(path), "a checkpoint that `train` wrote", f"{type(error).__name__}: {error}") from error
     if differing:
         had = {name: state["settings"][name] for name in differing}
-        raise FormatError(_OPERATION, str(path), f"a checkpoint of {({n: settings[n] for n in differing})}", had)
+        raise FormatError(_OPERATION, str(path), f"a checkpoint of { ({n: settings[n] for n in differing}) }", had)
     expected = {name: (list(parameter.shape), parameter.dtype) for name, parameter in trained.items()}
     if found != expected:
         name = next(n for n in [*expected, *found] if found.get(n) != expected.get(n))

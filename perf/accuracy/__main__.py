@@ -27,6 +27,7 @@ import torch
 from tqdm import tqdm
 
 import fusedmerge
+from fusedmerge.commands.accuracy import accuracy_markdown, plot_accuracy
 from perf.accuracy import report
 from perf.accuracy.data import Data, build
 from perf.accuracy.methods import BACKBONE, GATE, METHODS, Method, ablations, rank_of
@@ -70,14 +71,15 @@ def main() -> int:
             if results["gate"]["passed"] or setting.despite_gate:
                 results["methods"] |= judge(pool, setting, folder, METHODS, len(data.token_bytes))
                 results["criteria"] = report.conclude({name: entry["seeds"] for name, entry in results["methods"].items()})
-    results["methods"] = {name: results["methods"][name] for name in (BACKBONE, *METHODS, *ablations(setting)) if name in results["methods"]}
-    print(report.accuracy_markdown(results))
+    order = [name for name in (BACKBONE, *METHODS, *ablations(setting)) if name in results["methods"]]
+    results["methods"] = {name: results["methods"][name] for name in order}
+    print(accuracy_markdown(results))
     path = arguments.results / results["device"] / f"{suite}.json"
     if setting.despite_gate:
         path = folder / f"{suite}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
-    report.accuracy_plot(results, folder / f"{suite}.png")
+    plot_accuracy(results, folder / f"{suite}.png")
     print(f"wrote {path} and {folder / suite}.png", file=sys.stderr)
     return 0
 

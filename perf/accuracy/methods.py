@@ -115,7 +115,8 @@ def trainable(model: nn.Module) -> int:
 
 def _injected(setting: Setting, model: nn.Module, method: Method, r: int, seed: int) -> nn.Module:
     """alpha = 2 r everywhere: the scaling is no difference between methods."""
-    given = {"num_experts": setting.num_experts, "top_k": setting.top_k, **method.config, "r": r, "lora_alpha": 2.0 * r, "lora_dropout": 0.0}
+    given: dict[str, Any] = {"num_experts": setting.num_experts, "top_k": setting.top_k, **method.config}
+    given |= {"r": r, "lora_alpha": 2.0 * r, "lora_dropout": 0.0}
     return fm.moe.inject(model, fm.moe.LoRAMoEConfig(**given), seed=seed)
 
 

@@ -56,9 +56,10 @@ class Setting:
 
     def text(self, domains: int) -> str:
         return (
-            f"Llama of width {self.hidden}, {self.layers} layers, context {self.context}, vocabulary {self.data.vocabulary}, pre-trained on "
-            f"English manual pages for {self._tokens(self.pretraining_steps)} tokens; {domains} unseen domains, "
-            f"{self._tokens(self.steps)} tokens of training per run; N = {self.num_experts}, r = {self.r}, top-{self.top_k}; {self.seeds} seeds"
+            f"Llama of width {self.hidden}, {self.layers} layers, context {self.context}, vocabulary {self.data.vocabulary}, "
+            f"pre-trained on English manual pages for {self._tokens(self.pretraining_steps)} tokens; {domains} unseen domains, "
+            f"{self._tokens(self.steps)} tokens of training per run; "
+            f"N = {self.num_experts}, r = {self.r}, top-{self.top_k}; {self.seeds} seeds"
         )
 
     def _tokens(self, steps: int) -> str:
@@ -84,7 +85,8 @@ SETTINGS = {
     "smoke": Setting(
         DataSetting(("de", "fr", "python", "c"), vocabulary=512, domain_bytes=100_000, pretraining_bytes=200_000, least_domains=2),
         device="cpu", hidden=32, intermediate=64, layers=4, heads=2, context=32, windows=4,
-        pretraining_steps=20, pretraining_lr=4e-3, steps=3, r=16, seeds=2, learning_rates=(5e-3, 10e-3), judged_windows=2, despite_gate=True,
+        pretraining_steps=20, pretraining_lr=4e-3, steps=3, r=16, seeds=2, learning_rates=(5e-3, 10e-3), judged_windows=2,
+        despite_gate=True,
     ),
 }  # fmt: skip
 SETTINGS["cpu_bytes"] = replace(SETTINGS["cpu"], data=replace(SETTINGS["cpu"].data, vocabulary=257), context=256, windows=8)

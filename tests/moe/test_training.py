@@ -49,7 +49,6 @@ def test_learns_what_one_matrix_cannot(k: int) -> None:
     floor = float((x.double() @ best - y.double()).square().mean())
     config = fm.moe.LoRAMoEConfig(num_experts=4, top_k=k, r=WIDTH // 2, lora_alpha=WIDTH, balance_loss_coef=0.01)
     model = fm.moe.inject(Regression(), config)
-    model(x[:1], y[:1])  # the first forward tells the router's width
     losses = fm.moe.train(model, [{"x": x, "labels": y}], 400, lr=2e-2, progress=False)
     assert losses[0] > floor
     with torch.no_grad():
@@ -71,9 +70,7 @@ def test_the_router_learns_from_the_task_alone(k: int) -> None:
 def llama(**options: Any) -> nn.Module:
     torch.manual_seed(0)
     base = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1
-        )
+        LlamaConfig(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
     )
     return fm.moe.inject(base, fm.moe.LoRAMoEConfig(**{"num_experts": 4, "top_k": 2, "r": 4, "lora_alpha": 8, **options}), seed=1)
 
@@ -257,9 +254,12 @@ def test_a_loss_that_is_not_finite_is_an_error() -> None:
         fm.moe.train(model, batches(), 1, progress=False)
 
 
-def test_nothing_trainable() -> None:
+def test_what_cannot_be_trained() -> None:
     with pytest.raises(fm.FusedMergeError, match="injected"):
         fm.moe.train(llama().requires_grad_(False), batches(), 1)
+    unknown = fm.moe.inject(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5)), fm.moe.LoRAMoEConfig())  # which runs first?
+    with pytest.raises(fm.FusedMergeError, match="run the model once"):
+        fm.moe.train(unknown, batches(), 1)
 
 
 def test_a_checkpoint_of_something_else_is_refused_and_nothing_changes(tmp_path: Path) -> None:

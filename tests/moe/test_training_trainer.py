@@ -64,7 +64,8 @@ def test_checkpointing_gives_the_same_gradients(method: str, use_reentrant: bool
         config = LlamaConfig(
             vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1
         )
-        options: dict[str, Any] = {"num_experts": 4, "top_k": 2, "r": 4, "lora_dropout": 0.3, "init_lora_weights": False, "z_loss_coef": 0.01}
+        options: dict[str, Any] = {"num_experts": 4, "top_k": 2, "r": 4, "lora_dropout": 0.3, "z_loss_coef": 0.01}
+        options["init_lora_weights"] = False
         model = fm.moe.inject(LlamaForCausalLM(config), fm.moe.LoRAMoEConfig(method=method, **options), seed=1).train()
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
