@@ -142,7 +142,7 @@ def describe(setting: Setting) -> dict[str, Any]:
     gpu = setting.device == "cuda"
     names = ("torch", "transformers", "tokenizers", "numpy")
     return {
-        "device": re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()) if gpu else f"cpu-{len(os.sched_getaffinity(0))}core",
+        "device": re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-") if gpu else f"cpu-{len(os.sched_getaffinity(0))}core",
         "processor": torch.cuda.get_device_name() if gpu else _processor(),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0") if gpu else None,
         "versions": {"fusedmerge": fusedmerge.__version__, "python": platform.python_version(), **{name: version(name) for name in names}},

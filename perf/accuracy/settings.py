@@ -26,7 +26,8 @@ class DataSetting:
 
     @property
     def folder(self) -> Path:
-        return BUILD / f"data-{key_of(asdict(self))}"
+        """Another one when the code that builds it changes."""
+        return BUILD / f"data-{key_of(asdict(self), Path(__file__).with_name('data.py').read_text())}"
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ SETTINGS = {
     "gpu": Setting(
         DataSetting(_DOMAINS, vocabulary=4096, domain_bytes=6_000_000, pretraining_bytes=24_000_000),
         device="cuda", hidden=512, intermediate=1536, layers=8, heads=8, context=512, windows=64,
-        pretraining_steps=3000, pretraining_lr=1e-3, steps=250, r=16, judged_windows=32, autocast=True, processes=1,
+        pretraining_steps=3000, pretraining_lr=1e-3, steps=150, r=16, judged_windows=32, autocast=True, processes=1,
     ),
     # Seconds: shows that everything runs, and nothing else.
     "smoke": Setting(
