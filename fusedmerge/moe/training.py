@@ -52,8 +52,8 @@ def train(
     autocast: None, or torch.bfloat16: the forward runs in mixed precision. Parameters and optimiser state keep their dtype.
     seed: of dropout and of the order of batches; the caller's random state is left as it was.
     checkpoint: a file, written at the end and every checkpoint_every steps (0: at the end only), with the trainable parameters, the
-        optimiser, and the random state. If it is there, training goes on from it, to the same bits as without the interruption (on a GPU: as
-        far as torch's own kernels repeat theirs); the batches of the steps that are done are drawn and dropped.
+        optimiser, and the random state. If it is there, training goes on from it, to the same bits as without the interruption (on a GPU:
+        as far as torch's own kernels repeat theirs); the batches of the steps that are done are drawn and dropped.
 
     Raises InvalidTypeError, InvalidValueError, StateError (nothing trainable, a router whose width no forward has told, no loss, a loss
     that is not finite), FormatError (a checkpoint of another model or of other settings).

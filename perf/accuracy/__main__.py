@@ -140,12 +140,13 @@ def _digest(names: Iterable[str]) -> str:
 def describe(setting: Setting) -> dict[str, Any]:
     """The head that every results file has."""
     gpu = setting.device == "cuda"
-    names = ("torch", "transformers", "tokenizers", "numpy")
+    name = torch.cuda.get_device_name() if gpu else _processor()
+    packages = {package: version(package) for package in ("torch", "transformers", "tokenizers", "numpy")}
     return {
-        "device": re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-") if gpu else f"cpu-{len(os.sched_getaffinity(0))}core",
-        "processor": torch.cuda.get_device_name() if gpu else _processor(),
+        "device": re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") if gpu else f"cpu-{len(os.sched_getaffinity(0))}core",
+        "processor": name,
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0") if gpu else None,
-        "versions": {"fusedmerge": fusedmerge.__version__, "python": platform.python_version(), **{name: version(name) for name in names}},
+        "versions": {"fusedmerge": fusedmerge.__version__, "python": platform.python_version(), **packages},
         "git_commit": _output("git", "rev-parse", "HEAD"),
         "git_dirty": bool(_output("git", "status", "--porcelain", "--untracked-files=no")),
         "load_average_before": [round(x, 2) for x in os.getloadavg()],
