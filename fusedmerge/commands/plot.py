@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusedmerge.commands.accuracy import accuracy_markdown, plot_accuracy
 from fusedmerge.commands.tables import markdown_table, percent
 from fusedmerge.errors import FormatError, MissingFileError
 
@@ -108,7 +109,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def render_results(results: Path, docs: Path, readme: Path | None = None) -> list[Path]:
-    """Write docs/results.md and docs/img/*.png from all results, and refresh README's marked blocks. Returns what was written.
+    """Write docs/results.md and docs/img/*.png from all results, and refresh marked blocks of README and docs. Returns what was written.
 
     A marked block is what lies between `<!-- results: device/suite -->` and `<!-- /results -->`.
     """
@@ -118,15 +119,16 @@ def render_results(results: Path, docs: Path, readme: Path | None = None) -> lis
     for suite in suites:
         key = f"{suite['device']}/{suite['suite']}"
         picture = docs / "img" / f"{suite['device']}-{suite['suite']}.png"
-        plot_suite(suite, picture)
-        tables[key] = suite_markdown(suite)
+        accuracy = "methods" in suite
+        (plot_accuracy if accuracy else plot_suite)(suite, picture)
+        tables[key] = (accuracy_markdown if accuracy else suite_markdown)(suite)
         sections.append(f"## {suite['suite']} on {suite['device']}\n\n{tables[key]}\n\n![{key}](img/{picture.name})")
         written.append(picture)
     page = docs / "results.md"
     page.write_text("# Results\n\nWritten by `fusedmerge plot` from perf/results; do not edit.\n\n" + "\n\n".join(sections) + "\n")
     written.append(page)
-    if readme is not None and readme.is_file() and _refresh(readme, tables):
-        written.append(readme)
+    pages = [readme] if readme is not None and readme.is_file() else []
+    written += [marked for marked in [*pages, *sorted(docs.glob("*.md"))] if marked != page and _refresh(marked, tables)]
     return written
 
 

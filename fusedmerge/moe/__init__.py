@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fusedmerge.moe.storage import load as load
     from fusedmerge.moe.storage import save as save
     from fusedmerge.moe.structure import structure as structure
+    from fusedmerge.moe.training import train as train
 
 _LAZY = {
     "Decoder": "decoder",
@@ -39,6 +40,7 @@ _LAZY = {
     "save": "storage",
     "structure": "structure",
     "token_table": "compose",
+    "train": "training",
 }
 
 __all__ = [*_LAZY]  # noqa: PLE0604
