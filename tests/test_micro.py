@@ -202,7 +202,8 @@ def test_the_drivers_structs():
     config, attribute = driver.LaunchConfig, driver.LaunchAttribute
     checks = [
         f"sizeof(CUlaunchConfig) == {ctypes.sizeof(config)}", f"offsetof(CUlaunchConfig, hStream) == {config.stream.offset}",
-        f"offsetof(CUlaunchConfig, attrs) == {config.attributes.offset}", f"offsetof(CUlaunchConfig, numAttrs) == {config.num_attributes.offset}",
+        f"offsetof(CUlaunchConfig, attrs) == {config.attributes.offset}",
+        f"offsetof(CUlaunchConfig, numAttrs) == {config.num_attributes.offset}",
         f"sizeof(CUlaunchAttribute) == {ctypes.sizeof(attribute)}", f"offsetof(CUlaunchAttribute, value) == {attribute.value.offset}",
         f"CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION == {driver.PROGRAMMATIC_STREAM_SERIALIZATION}",
         f"CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES == {driver.MAX_DYNAMIC_SHARED_BYTES}",
