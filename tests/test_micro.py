@@ -14,7 +14,7 @@ import torch
 
 from fusedmerge.commands import plot
 from perf.evidence import begin
-from perf.micro import device, driver, m1_tiles, m3_products
+from perf.micro import device, driver, m1_tiles, m2_multiply, m3_products, m4_gemv, m5_handover
 from perf.micro.__main__ import BENCHMARKS, KERNEL_FILES, main, run
 from tests import micro_kit
 from tests.test_compile import ROOT, find_tool, kernels
@@ -129,6 +129,26 @@ def test_every_launch_hands_over_what_the_kernel_takes(compiled, measured):
             assert block == limit and grid > 0 and 0 <= shared <= 232448 - 4096, kernel
     assert set(launched) == set(figures)  # none is left out
     assert {kernel: found for kernel, found in launched.items() if found} == sizes
+
+
+STRUCTS = {"copy": [m1_tiles.TiledCopy], "multiply": [m2_multiply.MultiplyCopy], "gemv": [m4_gemv.Gemv, m5_handover.Shrink]}
+
+
+@pytest.mark.parametrize("name", STRUCTS)
+def test_structs_have_the_kernels_fields(name, tmp_path):
+    nvcc = find_tool("nvcc") or pytest.skip("nvcc is not installed")
+    checks = []
+    for struct in STRUCTS[name]:
+        checks.append(f"sizeof(micro::{struct.__name__}) == {ctypes.sizeof(struct)}")
+        for field, kind in struct._fields_:
+            place = f"micro::{struct.__name__}, {field}"
+            checks.append(f"offsetof({place}) == {getattr(struct, field).offset}")
+            checks.append(f"sizeof(micro::{struct.__name__}::{field}) == {ctypes.sizeof(kind)}")
+    source = tmp_path / "checks.cu"
+    source.write_text(f'#include <cstddef>\n#include "{name}.cu"\n' + "".join(f'static_assert({check}, "");\n' for check in checks))
+    flags = ["-std=c++17", "-arch=sm_90a", "-ptx", f"-I{ROOT / 'cuda/include'}", f"-I{ROOT / 'perf/micro'}", "-o", "/dev/null"]
+    done = subprocess.run([nvcc, *flags, str(source)], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def spoil(twin, kernel):

@@ -175,9 +175,9 @@ MICRO_KERNEL(kThreads) read_bulk(const char* from, unsigned* sums, long long n, 
 // ------------------------------------------------------------------------------------------------------------------------
 
 struct TiledCopy {
-    const char* from;  // [rows, row_bytes]
-    char* to;          // [rows, row_bytes]
-    const char* side;  // [side_bytes], a power of two
+    const char* source;  // [rows, row_bytes]
+    char* target;        // [rows, row_bytes]
+    const char* side;    // [side_bytes], a power of two
     long long side_bytes;
     int rows;         // a multiple of unit_rows
     int row_bytes;    // a multiple of the segment
@@ -214,7 +214,7 @@ __device__ __forceinline__ void run_tiled(const TiledCopy& p) {
         long long at = (static_cast<long long>(panel) * p.unit_rows + row) * p.row_bytes + static_cast<long long>(strip) * kSegment + col;
         unsigned words[kOctetsOfStep][4];
 #pragma unroll
-        for (int i = 0; i < kOctetsOfStep; ++i) stream_load_16(words[i], p.from + at + i * octet_step, policy);
+        for (int i = 0; i < kOctetsOfStep; ++i) stream_load_16(words[i], p.source + at + i * octet_step, policy);
 #pragma unroll 1
         for (int step = 0; step < p.unit_rows; step += kStepRowsHere) {
             for (int i = 0; i < p.side_pieces; ++i) {
@@ -228,8 +228,8 @@ __device__ __forceinline__ void run_tiled(const TiledCopy& p) {
             const bool more = step + kStepRowsHere < p.unit_rows;
 #pragma unroll
             for (int i = 0; i < kOctetsOfStep; ++i) {
-                stream_store_16(p.to + at + i * octet_step, words[i], policy);
-                if (more) stream_load_16(words[i], p.from + at + (i + kOctetsOfStep) * octet_step, policy);
+                stream_store_16(p.target + at + i * octet_step, words[i], policy);
+                if (more) stream_load_16(words[i], p.source + at + (i + kOctetsOfStep) * octet_step, policy);
             }
             at += kOctetsOfStep * octet_step;
         }

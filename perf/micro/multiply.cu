@@ -19,8 +19,8 @@ constexpr int kStages = 5;
 constexpr int kChunkSlices = kChunkDepth / kRankStep;
 
 struct MultiplyCopy {
-    const Bf16* from;       // [rows, cols]
-    Bf16* to;               // [rows, cols]
+    const Bf16* source;     // [rows, cols]
+    Bf16* target;           // [rows, cols]
     const Bf16* b;          // [b_rows, 128]: a power of two of rows
     const unsigned* strip;  // [256 threads, 64]: A's fragments
     int rows;               // a multiple of unit_rows
@@ -62,8 +62,8 @@ MICRO_KERNEL(kThreads) multiply_copy(const MultiplyCopy p) {
     for (int unit = blockIdx.x; unit < num_units; unit += gridDim.x) {
         const int row = unit / num_strips * p.unit_rows + lane / 4;
         const int col = unit % num_strips * kStripCols + thread / 32 * 32 + lane % 4 * 8;
-        const Bf16* from = p.from + static_cast<long long>(row) * p.cols + col;
-        Bf16* to = p.to + static_cast<long long>(row) * p.cols + col;
+        const Bf16* from = p.source + static_cast<long long>(row) * p.cols + col;
+        Bf16* to = p.target + static_cast<long long>(row) * p.cols + col;
         Octet<Bf16> source[kStepRows / 8];
 #pragma unroll
         for (int i = 0; i < kStepRows / 8; ++i) load_vector(source[i], from + static_cast<long long>(i) * row_step, policy);
