@@ -27,7 +27,7 @@ endif
 
 # One thread per test process: the processes share the cores.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --maxprocesses 4 --benchmark-disable
-CPP_FILES := $(shell find $(wildcard python cuda tests examples) -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP_FILES := $(shell find $(wildcard python cuda tests examples perf) -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test test-fast lint bench cpp clean gpu
 .DELETE_ON_ERROR:

@@ -94,7 +94,9 @@ def steps_of(part: str, python: str, install: Sequence[str], results: Path, as_i
         how = ("-q", "-s", "-p", "no:cacheprovider", "--results", str(results), "--budget", "{left}")
         return [prepare, *(Step(path, (python, "-m", "pytest", path, *how), seconds, (path,)) for path, seconds in SUITES[part].items())]
     if part == "accuracy":
-        return [prepare, Step("accuracy", (python, "-m", "perf.accuracy", "gpu"), 380, ("perf/accuracy/__main__.py",))]
+        # It keeps finished runs in build/accuracy: one that was ended goes on when it is called again.
+        command = (python, "-m", "perf.accuracy", "--setting", "gpu", "--results", str(results))
+        return [prepare, Step("accuracy", command, 500, ("perf/accuracy/__main__.py",))]
     raise ValueError(f"no part {part!r}: {', '.join(PARTS)}")
 
 

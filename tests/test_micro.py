@@ -7,6 +7,7 @@ import functools
 import json
 import re
 import subprocess
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -44,15 +45,15 @@ EXPECTED_WGMMA = {"wgmma_peak": {r"HGMMA\.64x256x16\.F32\.BF16": 16}, "products_
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """Architecture -> (ptxas' report, SASS, parameters): each kernel's."""
+    """Architecture -> (ptxas' figures, SASS, where the cubins are): each kernel's."""
     nvcc = find_tool("nvcc") or pytest.skip("nvcc is not installed")
     cuobjdump = find_tool("cuobjdump") or pytest.skip("cuobjdump is not installed (pip: nvidia-cuda-cuobjdump)")
 
     @functools.cache
     def build(arch):
-        report, sass, sizes = "", "", {}
+        report, sass, place = "", "", tmp_path_factory.mktemp("micro")
         for name in KERNEL_FILES:
-            cubin = tmp_path_factory.mktemp("micro") / f"{name}.cubin"
+            cubin = place / f"{name}.cubin"
             flags = ["-std=c++17", f"-arch={arch}", "-cubin", f"-I{ROOT / 'cuda/include'}", "-Xptxas=-v"]
             source = ROOT / f"perf/micro/{name}.cu"
             done = subprocess.run([nvcc, *flags, "-o", str(cubin), str(source)], check=False, capture_output=True, text=True)
@@ -60,13 +61,7 @@ def compiled(tmp_path_factory):
             assert "warning" not in done.stderr and "C75" not in done.stderr, done.stderr  # C75..: serialised wgmma
             report += done.stderr
             sass += subprocess.run([cuobjdump, "-sass", str(cubin)], check=True, capture_output=True, text=True).stdout
-            elf = subprocess.run([cuobjdump, "-elf", str(cubin)], check=True, capture_output=True, text=True).stdout
-            for part in elf.split(".section .nv.info.")[1:] or elf.split(".nv.info.")[1:]:
-                kernel = re.match(r"\w+", part)[0]
-                found = re.findall(r"Ordinal : (0x\w+)\s+Offset\s+: 0x\w+\s+Size\s+: (0x\w+)", part)
-                if found:
-                    sizes[kernel] = [size for _, size in sorted((int(n, 16), int(size, 16)) for n, size in found)]
-        return kernels(report), {part.split("\n", 1)[0].strip(): part for part in sass.split("Function : ")[1:]}, sizes
+        return kernels(report), {part.split("\n", 1)[0].strip(): part for part in sass.split("Function : ")[1:]}, place
 
     return build
 
@@ -100,7 +95,8 @@ def measured(tmp_path_factory):
     @functools.cache
     def measure(name):
         twin, results = micro_kit.TwinDevice(), tmp_path_factory.mktemp(name)
-        return run(name, twin, micro_kit.SMALL, results, begin()), twin, results
+        sizes = replace(micro_kit.SMALL, copy_bytes=1 << 20) if name == "m0" else micro_kit.SMALL
+        return run(name, twin, sizes, results, begin()), twin, results
 
     return measure
 
@@ -119,8 +115,14 @@ def test_the_host_side(measured, name, tmp_path):
 
 def test_every_launch_hands_over_what_the_kernel_takes(compiled, measured):
     """Kernels, argument sizes, threads and shared memory as the host side has them, against the cubins."""
-    figures, _, sizes = compiled("sm_90a")
-    launched = {}
+    figures, _, place = compiled("sm_90a")
+    sizes, launched = {}, {}
+    for name in KERNEL_FILES:
+        elf = subprocess.run([find_tool("cuobjdump"), "-elf", place / f"{name}.cubin"], check=True, capture_output=True, text=True).stdout
+        for part in elf.split(".nv.info.")[1:]:
+            found = re.findall(r"Ordinal : (0x\w+)\s+Offset\s+: 0x\w+\s+Size\s+: (0x\w+)", part)
+            if found:
+                sizes[re.match(r"\w+", part)[0]] = [size for _, size in sorted((int(n, 16), int(size, 16)) for n, size in found)]
     for name in ("m0", "m1", "m2", "m3", "m4", "m5"):
         twin = measured(name)[1]
         launched.update(twin.driver.sizes)
@@ -239,6 +241,49 @@ def test_the_drivers_structs():
     command = [nvcc, "-std=c++17", "-x", "c++", "-c", "-o", "/dev/null", "-"]
     done = subprocess.run(command, input=text, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+class StubLibrary:
+    """libcuda's place: keeps what a launch was given."""
+
+    def __init__(self, sizes):
+        self.sizes, self.launched = sizes, []
+
+    def cuFuncGetParamInfo(self, function, index, offset, size):
+        if index.value >= len(self.sizes):
+            return 1
+        size._obj.value = self.sizes[index.value]
+        return 0
+
+    def cuLaunchKernelEx(self, config, function, pointers, extra):
+        c = config._obj
+        edge = (c.attributes[0].id, c.attributes[0].value) if c.num_attributes else None
+        second = ctypes.cast(pointers[1], ctypes.POINTER(ctypes.c_int))[0]
+        self.launched.append((list(c.grid), list(c.block), c.shared_bytes, c.stream, edge, second))
+        return 0
+
+    def cuGetErrorString(self, code, text):
+        text._obj.value = b"invalid argument"
+        return 0
+
+    def cuModuleLoadData(self, module, image):
+        return 1
+
+
+def test_the_drivers_launch(tmp_path):
+    found = driver.Driver.__new__(driver.Driver)
+    found._library, found._sizes = StubLibrary([8, 4]), {}
+    arguments = [ctypes.c_void_p(64), ctypes.c_int(7)]
+    for programmatic in (False, True):
+        found.launch(5, 33, 256, 1024, 99, arguments, programmatic)
+    plain, edge = found._library.launched
+    assert plain == ([33, 1, 1], [256, 1, 1], 1024, 99, None, 7)
+    assert edge == ([33, 1, 1], [256, 1, 1], 1024, 99, (6, 1), 7)
+    with pytest.raises(driver.DriverError, match=r"arguments of \[8\] bytes, expected \[8, 4\]"):
+        found.launch(5, 33, 256, 0, 0, arguments[:1], False)
+    (tmp_path / "cubin").write_bytes(b"nonsense")
+    with pytest.raises(driver.DriverError, match=r"cuModuleLoadData: invalid argument \(1\)"):
+        found.load(tmp_path / "cubin")
 
 
 NCU = """==PROF== Connected to process 1
