@@ -4,13 +4,16 @@
 #   make lint       ruff, mypy, clang-format
 #   make bench      the benchmarks in perf/
 #   make cpp        the C++ library: build, test, install, and a program that uses it; without nvcc, what can be built without it
-#   make gpu        on a machine with a GPU: make cpp, and the program's GPU part under compute-sanitizer
+#   make gpu        what needs a GPU, part by part: PART=tests|sanitize|micro|switch|decode|sgmv|accuracy (perf/gpu.py tells more);
+#                   BUDGET= seconds for each, ONLY= some of its steps, RESULTS= and LOG= where its figures and output go
 # PYTHON=      the interpreter to start from
 # VENV=        the environment to install into; none: the current one as it is (no pins, nothing downloaded)
 # TORCH_INDEX= the package index to take torch from
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
+PART ?=
+BUDGET ?= 530
 
 ifeq ($(VENV),none)
 BIN :=
@@ -24,7 +27,7 @@ endif
 
 # One thread per test process: the processes share the cores.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --maxprocesses 4 --benchmark-disable
-CPP_FILES := $(shell find $(wildcard python cuda tests examples) -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP_FILES := $(shell find $(wildcard python cuda tests examples perf) -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test test-fast lint bench cpp clean gpu
 .DELETE_ON_ERROR:
@@ -60,11 +63,8 @@ cpp: $(filter $(VENV)/bin/cmake,$(CMAKE))
 	build/cpp/example/mixture
 
 gpu:
-	@nvidia-smi -L || { echo "make gpu: no NVIDIA GPU here" >&2; exit 1; }
-	$(MAKE) cpp
-	build/cpp/example/mixture > build/cpp/gpu.txt; cat build/cpp/gpu.txt
-	@grep -q "GPU part: .* 0 wrong weights" build/cpp/gpu.txt || { echo "make gpu: the GPU part did not run, or is wrong" >&2; exit 1; }
-	for tool in memcheck racecheck synccheck initcheck; do compute-sanitizer --tool $$tool --error-exitcode 1 build/cpp/example/mixture || exit 1; done
+	$(PYTHON) perf/gpu.py $(PART) --budget $(BUDGET) --python "$(PY)" --install "make $(STAMP)" $(if $(filter none,$(VENV)),--as-is) \
+	    $(if $(ONLY),--only "$(ONLY)") $(if $(RESULTS),--results "$(RESULTS)") $(if $(LOG),--log "$(LOG)")
 
 $(VENV)/bin/cmake:
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
