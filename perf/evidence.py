@@ -36,6 +36,10 @@ class Suite:
         self.cases.append(case)
         return case
 
+    def record_drift(self, name: str, group: str, title: str, drift: list[list[float]], delta: float) -> None:
+        """Add a case without times: [[switches, |W - W0| / |W0|], ...] beside the mixture's own |delta| / |W|."""
+        self.cases.append({"name": name, "group": group, "title": title, "drift": drift, "delta": delta})
+
 
 def begin() -> dict[str, Any]:
     """The commit and the machine's load, taken at the start: whoever commits meanwhile does not change what is measured."""

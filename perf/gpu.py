@@ -41,6 +41,7 @@ SUITES = {
     "sgmv": {"perf/test_sgmv.py": 250},
 }
 PARTS = ("tests", "sanitize", "micro", "switch", "decode", "sgmv", "accuracy")
+CUT = "the time budget is used up"  # what a suite says of benchmarks that it left out
 LEAST_SHARE = 0.5  # of a step's estimate that must be left for it to begin
 
 
@@ -53,6 +54,7 @@ class Step:
     seconds: float  # estimate
     needs: tuple[str, ...] = ()  # paths below the repository's root
     expect: str = ""  # a regular expression that its output must have
+    refuse: str = ""  # one that it must not have
     environment: tuple[tuple[str, str], ...] = ()
 
 
@@ -92,7 +94,7 @@ def steps_of(part: str, python: str, install: Sequence[str], results: Path, as_i
         return commands if as_is else [prepare, *commands]  # from a checkout nothing needs to be built
     if part in SUITES:
         how = ("-q", "-s", "-p", "no:cacheprovider", "--results", str(results), "--budget", "{left}")
-        return [prepare, *(Step(path, (python, "-m", "pytest", path, *how), seconds, (path,)) for path, seconds in SUITES[part].items())]
+        return [prepare, *(Step(path, (python, "-m", "pytest", path, *how), t, (path,), refuse=CUT) for path, t in SUITES[part].items())]
     if part == "accuracy":
         # It keeps finished runs in build/accuracy: one that was ended goes on when it is called again.
         command = (python, "-m", "perf.accuracy", "--setting", "gpu", "--results", str(results))
@@ -129,16 +131,19 @@ def _run(step: Step, left: float, log: IO[str], environment: dict[str, str] | No
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
     ended = _Ender(process, left)
-    found = not step.expect
+    found, refused = not step.expect, ""
     for line in process.stdout or ():
         _say(line.rstrip("\n"), log)
         found = found or bool(re.search(step.expect, line))
+        refused = line.strip() if step.refuse and re.search(step.refuse, line) else refused
     code = process.wait()
     ended.cancel()
     if ended.fired:
         verdict = "ended: the budget is used up"
     elif code:
         verdict = f"failed: exit code {code}"
+    elif refused:
+        verdict = f"not finished: {refused}"
     else:
         verdict = "passed" if found else f"failed: no line like {step.expect!r}"
     return Outcome(step.name, verdict, time.monotonic() - start)

@@ -103,8 +103,22 @@ def tiled_copy(grid: int, p: Any) -> None:
 
 
 def multiply_copy(grid: int, p: Any) -> None:
-    assert p.rows % p.unit_rows == 0 and p.b_rows & (p.b_rows - 1) == 0 and p.coefficient == 0
+    """The whole copy; products in the first step of the first unit alone, lane by lane as the kernel's fragments have them."""
+    assert p.rows % p.unit_rows == 0 and p.b_rows & (p.b_rows - 1) == 0
     ctypes.memmove(p.target, p.source, 2 * p.rows * p.cols)
+    if p.coefficient == 0:
+        return
+    words, b = memory(p.strip, 256 * 128, torch.bfloat16).view(256, 8, 4, 2, 2), memory(p.b, p.b_rows * 128, torch.bfloat16).view(-1, 128)
+    target = memory(p.target, p.rows * p.cols, torch.bfloat16).view(p.rows, p.cols)
+    sums = target[:64, :256].double()
+    for thread in range(256):
+        n = thread % 32 // 4
+        cols = [thread // 32 * 32 + n // 2 * 8 + 2 * tile + n % 2 for tile in range(4)]
+        for piece in range(p.num_slices):
+            rows = b[piece // 8 * 64 : piece // 8 * 64 + 64]
+            ranks = [piece % 8 * 16 + half * 8 + thread % 4 * 2 + value for half in range(2) for value in range(2)]
+            sums[:, cols] += p.coefficient * (rows[:, ranks].double() @ words[thread, piece % 8].reshape(4, 4).double().T)
+    target[:64, :256] = sums
 
 
 def peak(grid: int, words: int, sums: int, iterations: int) -> None:

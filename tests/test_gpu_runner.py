@@ -36,6 +36,13 @@ def test_a_failure_is_told_and_the_rest_still_runs():
     assert verdicts["good"] == "passed"
 
 
+def test_a_suite_that_left_something_out_has_not_passed():
+    verdicts, _ = run([step("suite", "echo SKIPPED [2] the time budget is used up", refuse=gpu.CUT)])
+    assert verdicts["suite"] == "not finished: SKIPPED [2] the time budget is used up"
+    (suite,) = gpu.steps_of("sgmv", sys.executable, [], gpu.ROOT, True)[1:]
+    assert suite.refuse == gpu.CUT
+
+
 def test_a_step_that_outlasts_the_budget_is_ended_with_its_children(tmp_path):
     partial = tmp_path / "partial.json"
     start = time.monotonic()

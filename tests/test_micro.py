@@ -18,7 +18,7 @@ from perf.evidence import begin
 from perf.micro import device, driver, m1_tiles, m2_multiply, m3_products, m4_gemv, m5_handover
 from perf.micro.__main__ import BENCHMARKS, KERNEL_FILES, main, run
 from tests import micro_kit
-from tests.test_compile import ROOT, find_tool, kernels
+from tests.test_compile import ROOT, compile_cubin, find_tool, kernels
 
 ARCHITECTURES = ["sm_90a", *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("sm_80", "sm_100", "sm_120"))]
 # Instructions without which a kernel would not measure what it says; on sm_90a also the bulk copies, wgmma and the programmatic edge.
@@ -53,13 +53,9 @@ def compiled(tmp_path_factory):
     def build(arch):
         report, sass, place = "", "", tmp_path_factory.mktemp("micro")
         for name in KERNEL_FILES:
-            cubin = place / f"{name}.cubin"
-            flags = ["-std=c++17", f"-arch={arch}", "-cubin", f"-I{ROOT / 'cuda/include'}", "-Xptxas=-v"]
-            source = ROOT / f"perf/micro/{name}.cu"
-            done = subprocess.run([nvcc, *flags, "-o", str(cubin), str(source)], check=False, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-            assert "warning" not in done.stderr and "C75" not in done.stderr, done.stderr  # C75..: serialised wgmma
-            report += done.stderr
+            cubin, said = compile_cubin(nvcc, ROOT / f"perf/micro/{name}.cu", arch, place / f"{name}.cubin")
+            assert "C75" not in said, said  # wgmma that is serialised
+            report += said
             sass += subprocess.run([cuobjdump, "-sass", str(cubin)], check=True, capture_output=True, text=True).stdout
         return kernels(report), {part.split("\n", 1)[0].strip(): part for part in sass.split("Function : ")[1:]}, place
 

@@ -21,7 +21,7 @@ constexpr int kStageBytes = 2 * kPieceBytes;
 
 __device__ __forceinline__ unsigned sum_words(const unsigned (&words)[4]) { return words[0] + words[1] + words[2] + words[3]; }
 
-// ---- plain loads ---------------------------------------------------------------------------------------------------------------------
+// ---- plain loads ----------------------------------------------------------------------------------------------------
 
 template <int kUnroll, bool kStore>
 __device__ __forceinline__ void run_plain(const char* from, char* to, long long num_bytes, unsigned* sums) {
@@ -51,8 +51,7 @@ __device__ __forceinline__ void run_plain(const char* from, char* to, long long 
     if constexpr (!kStore) sums[blockIdx.x * kThreads + threadIdx.x] = sum;
 }
 
-// ---- cp.async: each thread waits for its own pieces, so no barrier is needed
-// --------------------------------------------------------------
+// ---- cp.async: each thread waits for its own pieces, so no barrier is needed ----------------------------------------
 
 template <int kAhead, bool kStore>
 __device__ __forceinline__ void run_async(const char* from, char* to, long long num_bytes, unsigned* sums) {
@@ -91,8 +90,7 @@ __device__ __forceinline__ void run_async(const char* from, char* to, long long 
     if constexpr (!kStore) sums[blockIdx.x * kThreads + threadIdx.x] = sum;
 }
 
-// ---- bulk copies: one thread issues; a copy never touches a register
-// ---------------------------------------------------------------------
+// ---- bulk copies: one thread issues; a copy never touches a register ------------------------------------------------
 
 [[maybe_unused]] constexpr int kBarrierBytes = 256;  // of 8 each: ahead <= 31
 
@@ -171,8 +169,7 @@ MICRO_KERNEL(kThreads) read_bulk(const char* from, unsigned* sums, long long n, 
     run_bulk<false>(from, nullptr, n, ahead, sums);
 }
 
-// ---- tiled copies
-// ------------------------------------------------------------------------------------------------------------------------
+// ---- tiled copies ---------------------------------------------------------------------------------------------------
 
 struct TiledCopy {
     const char* source;  // [rows, row_bytes]

@@ -1,16 +1,19 @@
 // M4 and M5: y = W x (+ B z) for one token, as plain loads and as a ring of bulk copies; shrink; an empty kernel.
 //
-//   | kernel     | does                                  | shapes                                        | bytes            |
-//   | gemv_plain | y = W x + B z                         | W [rows, cols] bf16, x [cols] bf16, y [rows] bf16 | 2 rows cols  |
-//   | gemv_bulk  | the same bits                         | B [num_experts, rows, r] bf16, z [num_experts, r] float32 | + 2 rows r
-//   num_experts | | shrink     | z = A x                               | A [num_experts * r, cols] bf16                | 2 r cols
-//   num_experts | | nothing    |                                       |                                               | 0                |
+//   | kernel     | does            | bytes: the weights'                                   |
+//   | gemv_plain | y = W x + B z   | 2 rows cols + 2 rows rank num_experts                 |
+//   | gemv_bulk  | the same bits   | the same                                              |
+//   | shrink     | z = A x         | 2 rows cols; rows = num_experts rank                  |
+//   | nothing    |                 | 0                                                     |
 //
 // A tile is 16 rows: mma's M; the token is one of its eight columns (the others are zeros, and cost nothing that is scarce). K is permuted
 // so that a lane's 16 bytes of a row feed two mma: in a chunk of 32 columns lane l holds columns 8 (l % 4) .. + 7 of rows l / 4 and
 // l / 4 + 8. Warp w takes chunks w, w + 8, ...; the warps' sums are added in warp order, then the sum over the experts' ranks.
+//
 //   gemv_plain  grid: rows / 16 blocks of 256 threads; 16 loads of 16 bytes in flight a lane
 //   gemv_bulk   grid: persistent, one block of 288 threads per SM; 11 stages of 16 rows x 512 columns, 8 consumer warps, one producer
+//   shrink      grid: a block of 256 threads for each row
+//
 // With `programmatic` launches W is fetched before griddepcontrol.wait; x, z and all stores come after it.
 #include "ptx.cuh"
 
@@ -108,7 +111,7 @@ __device__ __forceinline__ void stage_x(Bf16* to, const Gemv& p) {
     for (int i = threadIdx.x; i < p.cols / 8; i += kThreads) reinterpret_cast<Words4*>(to)[i] = reinterpret_cast<const Words4*>(p.x)[i];
 }
 
-// ---- plain loads -----------------------------------------------------------------------------------------------------------------------
+// ---- plain loads ----------------------------------------------------------------------------------------------------
 
 MICRO_KERNEL(kThreads) gemv_plain(const Gemv p) {
     constexpr int kDepth = 8;  // chunks in flight, two loads each
@@ -154,7 +157,7 @@ MICRO_KERNEL(kThreads) gemv_plain(const Gemv p) {
     finish_rows(p, sums, 0, first_row, expand);
 }
 
-// ---- bulk copies -----------------------------------------------------------------------------------------------------------------------
+// ---- bulk copies ----------------------------------------------------------------------------------------------------
 
 constexpr int kBulkThreads = (kWarps + 1) * 32;
 
@@ -260,8 +263,7 @@ MICRO_KERNEL(kBulkThreads) gemv_bulk(const Gemv p) {
 #endif
 }
 
-// ---- what comes before a gemv
-// ------------------------------------------------------------------------------------------------------------
+// ---- what comes before a gemv ---------------------------------------------------------------------------------------
 
 struct Shrink {
     const Bf16* a;  // [rows, cols]: the chosen experts' A, one above the other
@@ -270,7 +272,6 @@ struct Shrink {
     int cols;       // a multiple of 8
 };
 
-// Grid: a block of 256 threads for each row.
 MICRO_KERNEL(kThreads) shrink(const Shrink p) {
     constexpr int kDepth = 6;  // 6 x 2048 columns
     __shared__ float sums[kWarps];

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from perf.micro.device import pointer, run_for
 from perf.micro.m0_copy import same
 from perf.micro.session import Session, require
+
+if TYPE_CHECKING:
+    import torch
 
 TITLE = "M2: a copy of {gb:.2f} GB with 0 to 512 ranks of mma beside it; peaks of mma and wgmma; clocks and power"
 DEPTHS = (128, 0, 256, 32, 64, 512)
@@ -47,11 +50,45 @@ def copies(session: Session) -> None:
         target.fill_(0.0)
         run()
         require(same(source, target), f"depth {depth}: not a copy")
+        check_product(session, source, b, strip, depth)
         seconds, clocks = device.samples(run, session.sizes.samples), settled(session, run)
         title = f"copy + {depth} ranks of mma"
         session.record(
             f"copy_mma_{depth}", "copy + mma", title, seconds, bytes=2 * size, flops=2 * rows * COLS * depth, depth=depth, **clocks
         )
+
+
+def check_product(session: Session, source: torch.Tensor, b: torch.Tensor, strip: torch.Tensor, depth: int) -> None:
+    """The first step of the first block with a coefficient of 1, against float64: the products that are timed are made."""
+    import torch
+
+    device, size = session.device, UNIT_ROWS * COLS
+    target = torch.zeros(size, dtype=torch.bfloat16, device=device.where)
+    pointers = map(pointer, (source, target, b, strip))
+    params = MultiplyCopy(*pointers, UNIT_ROWS, COLS, UNIT_ROWS, len(b) // CHUNK, depth // 16, 1.0)
+    device.launch("multiply", "multiply_copy", device.num_multiprocessors, 256, params, shared_bytes=device.shared_for(1, SHARED))
+    a, wide = strip_matrix(strip), b[: 64 * CHUNK * max(1, depth // CHUNK)].view(-1, 64, CHUNK).double()
+    truth = source[:size].view(UNIT_ROWS, COLS)[:64, :256].double()
+    terms = truth.abs()
+    for chunk in range(-(-depth // CHUNK)):
+        ranks = min(CHUNK, depth - chunk * CHUNK)
+        truth = truth + wide[chunk][:, :ranks] @ a[:ranks]
+        terms = terms + wide[chunk][:, :ranks].abs() @ a[:ranks].abs()
+    error = (target.view(UNIT_ROWS, COLS)[:64, :256].double() - truth).abs()
+    require((error <= 2**-8 * truth.abs() + 2**-16 * terms).all(), f"depth {depth}: wrong products")
+
+
+def strip_matrix(strip: torch.Tensor) -> torch.Tensor:
+    """A [128, 256] in float64 from its fragments [8 warps, 32 lanes, 8 slices, 4 tiles, 2 words, 2 values] (switch_mma.cuh's layout)."""
+    import torch
+
+    values = strip.view(8, 32, 8, 4, 2, 2)
+    warp, lane, piece, tile, word, value = torch.meshgrid(*(torch.arange(n, device=strip.device) for n in values.shape), indexing="ij")
+    rank = 16 * piece + 8 * word + 2 * (lane % 4) + value
+    col = 32 * warp + 8 * (lane // 8) + 2 * tile + lane // 4 % 2
+    found = torch.zeros(CHUNK, 256, dtype=torch.float64, device=strip.device)
+    found[rank, col] = values.double()
+    return found
 
 
 def peaks(session: Session) -> None:

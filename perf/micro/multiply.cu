@@ -1,10 +1,10 @@
 // M2 and M3: tensor cores beside a copy, their peak, and their arithmetic.
 //
-//   | kernel           | does                                                        | bytes, or FLOP                              |
-//   | multiply_copy    | to = from + coefficient * (B A), coefficient 0, K ranks deep | 4 rows cols, 2 rows cols K FLOP; B by L2    |
-//   | mma_peak         | registers only                                              | 2 x 64 x 32 x 16 FLOP a warp and iteration  |
-//   | wgmma_peak       | operands in shared memory, accumulators in registers        | 2 x 64 x 256 x 16 FLOP a warpgroup and iteration |
-//   | products_bf16, _fp16 | d = c + sum of 16 products, by mma and by wgmma         | 512 sums of 16 products a block             |
+//   | kernel               | does                                          | bytes or FLOP                                       |
+//   | multiply_copy        | target = source + coefficient * (B A), K deep | 4 rows cols; 2 rows cols K FLOP; B comes from L2    |
+//   | mma_peak             | registers only                                | 2 x 64 x 32 x 16 FLOP a warp and iteration          |
+//   | wgmma_peak           | operands in shared memory                     | 2 x 64 x 256 x 16 FLOP a warpgroup and iteration    |
+//   | products_bf16, _fp16 | d = c + 16 products, by mma and by wgmma      | 512 sums a block                                    |
 //
 // multiply_copy is the switch kernel's main loop alone (fusedmerge/kernel/switch_mma.cuh): no selection, no ragged edges, A's strip any
 // registers. A unit is 256 columns by unit_rows rows, a step 64 rows; a warp owns 64 x 32; B's rows stream through five stages by cp.async,

@@ -39,7 +39,7 @@ __device__ __forceinline__ unsigned long long evict_normal_policy() {
     return policy;
 }
 
-// ---- the programmatic edge: nothing below sm_90, where launches do not overlap -----------------------------------------------------------
+// ---- the programmatic edge: nothing below sm_90, where launches do not overlap --------------------------------------
 
 // The next launch may begin: its blocks take whatever room there is.
 __device__ __forceinline__ void allow_next_launch() {
@@ -56,7 +56,7 @@ __device__ __forceinline__ void wait_previous_launch() {
 }
 
 #ifdef MICRO_SM_90
-// ---- mbarrier and bulk copies ------------------------------------------------------------------------------------------------------------
+// ---- mbarrier and bulk copies ---------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void barrier_init(unsigned long long* barrier, int count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
@@ -103,7 +103,7 @@ __device__ __forceinline__ void bulk_wait_all() { asm volatile("cp.async.bulk.wa
 #endif
 
 #ifdef MICRO_WGMMA
-// ---- wgmma: operands in shared memory, K-major, not swizzled ------------------------------------------------------------------------------
+// ---- wgmma: operands in shared memory, K-major, not swizzled --------------------------------------------------------
 
 // Core matrices are 8 rows of 16 bytes, 128 bytes in one piece. `leading`: bytes from one to its neighbour along K; `stride`: along rows.
 __device__ __forceinline__ unsigned long long wgmma_operand(const void* shared, int leading, int stride) {
