@@ -3,6 +3,7 @@
 #include <cstddef>
 
 #include "fusedmerge/kernel/linear_params.cuh"
+#include "fusedmerge/kernel/sgmv_params.cuh"
 #include "plan.h"
 
 namespace fusedmerge {
@@ -69,6 +70,50 @@ std::string describe_structs() {
     FM_FIELD(PlanResult, shared_bytes);
     FM_FIELD(PlanResult, resident_chunks);
     FM_FIELD(PlanResult, error);
+    FM_FIELD(Groups, totals);
+    FM_FIELD(Groups, pair_tokens);
+    FM_FIELD(Groups, pair_gates);
+    FM_FIELD(Groups, shrink_groups);
+    FM_FIELD(Groups, tile_tokens);
+    FM_FIELD(Groups, tile_pairs);
+    FM_FIELD(Groups, tile_counts);
+    FM_FIELD(Groups, tile_rows);
+    FM_FIELD(Groups, num_slots);
+    FM_FIELD(GroupParams, groups);
+    FM_FIELD(GroupParams, ids);
+    FM_FIELD(GroupParams, gates);
+    FM_FIELD(GroupParams, counts);
+    FM_FIELD(GroupParams, starts);
+    FM_FIELD(GroupParams, positions);
+    FM_FIELD(GroupParams, num_tokens);
+    FM_FIELD(GroupParams, num_adapters);
+    FM_FIELD(GroupParams, num_indices);
+    FM_FIELD(GroupParams, lowest_buckets);
+    FM_FIELD(GroupParams, second_buckets);
+    FM_FIELD(GroupParams, reserved);
+    FM_FIELD(SgmvTarget, y);
+    FM_FIELD(SgmvTarget, a);
+    FM_FIELD(SgmvTarget, b);
+    FM_FIELD(SgmvTarget, scaling);
+    FM_FIELD(SgmvTarget, ranks);
+    FM_FIELD(SgmvTarget, z);
+    FM_FIELD(SgmvTarget, y_stride);
+    FM_FIELD(SgmvTarget, a_adapter_stride);
+    FM_FIELD(SgmvTarget, a_row_stride);
+    FM_FIELD(SgmvTarget, b_adapter_stride);
+    FM_FIELD(SgmvTarget, b_row_stride);
+    FM_FIELD(SgmvTarget, out);
+    FM_FIELD(SgmvTarget, rank);
+    FM_FIELD(SgmvTarget, z_stride);
+    FM_FIELD(SgmvTarget, flags);
+    FM_FIELD(SgmvParams, groups);
+    FM_FIELD(SgmvParams, x);
+    FM_FIELD(SgmvParams, x_stride);
+    FM_FIELD(SgmvParams, cols);
+    FM_FIELD(SgmvParams, num_pairs);
+    FM_FIELD(SgmvParams, num_parts);
+    FM_FIELD(SgmvParams, num_targets);
+    FM_FIELD(SgmvParams, targets);
     FM_FIELD(RouteParams, x);
     FM_FIELD(RouteParams, router);
     FM_FIELD(RouteParams, mask);

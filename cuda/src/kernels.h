@@ -17,6 +17,7 @@ struct KernelFamily {
 };
 
 KernelFamily linear_kernels();
+KernelFamily sgmv_kernels();
 
 // Null where there is none of that name.
 const NamedKernel* find_kernel(const char* name);

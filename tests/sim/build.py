@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 SIM = Path(__file__).resolve().parent
 HOST = [ROOT / f"cuda/src/{name}.cpp" for name in ("plan", "describe", "kernels")]
-KERNELS = [SIM / "interface.cpp", ROOT / "cuda/src/kernels_linear.cu"]  # what contains kernels
+KERNELS = [SIM / "interface.cpp", *(ROOT / f"cuda/src/kernels_{name}.cu" for name in ("linear", "sgmv"))]  # what contains kernels
 UNITS = [*KERNELS, *(SIM / f"{name}.cpp" for name in ("simulator", "warp", "numbers", "faults")), *HOST]
 PACKAGE = ROOT / "fusedmerge/__init__.py"
 FLAGS = ["-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-Wall", "-Wextra", "-U_FORTIFY_SOURCE", "-fvisibility=default"]

@@ -49,7 +49,9 @@ void copy_async_wait(int num_pending);
 void load_matrices(unsigned (&words)[4], const void* shared_row);
 void multiply_accumulate(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2], bool bf16);
 
+void warp_barrier();
 unsigned shuffle_xor(unsigned value, int mask);  // what the lane whose number differs by the mask's bits brought
+unsigned shuffle(unsigned value, int lane);      // what a lane brought
 
 void load_aligned(unsigned* words, const void* from, int num_bytes, unsigned long long policy);
 void store_aligned(void* to, const unsigned* words, int num_bytes, unsigned long long policy);

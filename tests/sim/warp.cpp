@@ -88,6 +88,23 @@ void multiply_accumulate(float (&c)[4], const unsigned (&a)[4], const unsigned (
     std::memcpy(c, warp.c[lane], sizeof(c));
 }
 
+void warp_barrier() {
+    meet_warp("syncwarp", [](Warp&) {});
+}
+
+unsigned shuffle(unsigned value, int lane) {
+    int own = self().thread % kWarp;
+    Warp& warp = self().block->warps[self().thread / kWarp];
+    warp.values[own] = value;
+    warp.words[own][0] = static_cast<unsigned>(lane) % kWarp;
+    meet_warp("shfl.idx", [](Warp& w) {
+        unsigned given[kWarp];
+        std::memcpy(given, w.values, sizeof(given));
+        for (int l = 0; l < kWarp; ++l) w.values[l] = given[w.words[l][0]];
+    });
+    return warp.values[own];
+}
+
 unsigned shuffle_xor(unsigned value, int mask) {
     int lane = self().thread % kWarp;
     Warp& warp = self().block->warps[self().thread / kWarp];

@@ -11,6 +11,7 @@
 #define FM_KERNEL_OF(threads, blocks) __global__ void __launch_bounds__(threads, blocks)  // blocks on a multiprocessor at once
 #define FM_UNROLL _Pragma("unroll")
 #define FM_NO_UNROLL _Pragma("unroll 1")
+#define FM_UNROLL_2 _Pragma("unroll 2")
 #define FM_UNROLL_4 _Pragma("unroll 4")
 #define FM_PTX(device, host) device
 #if __CUDA_ARCH__ >= 900
@@ -29,6 +30,7 @@ FM_DEVICE unsigned char* shared_memory() {
     return shared_bytes;
 }
 FM_DEVICE void block_barrier() { __syncthreads(); }
+FM_DEVICE void warp_barrier() { __syncwarp(); }
 FM_DEVICE bool block_any(bool value) { return __syncthreads_or(value) != 0; }
 FM_DEVICE void device_fence() { __threadfence(); }
 FM_DEVICE int atomic_add(int* where, int value) { return atomicAdd(where, value); }
@@ -53,6 +55,7 @@ FM_DEVICE unsigned float_to_bits(float x) { return __float_as_uint(x); }
 #define FM_KERNEL_OF(threads, blocks) void
 #define FM_UNROLL
 #define FM_NO_UNROLL
+#define FM_UNROLL_2
 #define FM_UNROLL_4
 #define FM_PTX(device, host) host
 #define FM_PTX_90(device, host) host
@@ -64,6 +67,7 @@ FM_DEVICE int block_index() { return sim::block_index(); }
 FM_DEVICE int grid_size() { return sim::grid_size(); }
 FM_DEVICE unsigned char* shared_memory() { return sim::shared_memory(); }
 FM_DEVICE void block_barrier() { sim::block_barrier(false); }
+FM_DEVICE void warp_barrier() { sim::warp_barrier(); }
 FM_DEVICE bool block_any(bool value) { return sim::block_barrier(value); }
 FM_DEVICE void device_fence() {}
 FM_DEVICE int atomic_add(int* where, int value) { return sim::atomic_add(where, value); }

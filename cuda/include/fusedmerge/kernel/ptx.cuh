@@ -85,6 +85,14 @@ FM_DEVICE unsigned shuffle_xor(unsigned value, int mask) {
     return other;
 }
 
+// Warp-wide: the value of a lane, which each lane names for itself.
+FM_DEVICE unsigned shuffle(unsigned value, int lane) {
+    unsigned other = 0;
+    FM_PTX(asm volatile("shfl.sync.idx.b32 %0, %1, %2, 0x1f, 0xffffffff;" : "=r"(other) : "r"(value), "r"(lane)),
+           other = sim::shuffle(value, lane));
+    return other;
+}
+
 // Programmatic launches. What the stream's earlier kernels wrote may be read, and anything be written, only after grid_wait; the next
 // kernel may start once every block of this one has called launch_dependents or ended. Without a programmatic launch both do nothing.
 FM_DEVICE void grid_wait() { FM_PTX_90(asm volatile("griddepcontrol.wait;" ::: "memory"), sim::grid_wait()); }
@@ -111,6 +119,13 @@ FM_DEVICE void store_16(void* global, const unsigned* words) {
 FM_DEVICE unsigned long long evict_first_policy() {
     unsigned long long policy = 0;
     FM_PTX(asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy)), (void)policy);
+    return policy;
+}
+
+// For what is read again soon: it stays in L2, and is kept out of L1 alone.
+FM_DEVICE unsigned long long evict_normal_policy() {
+    unsigned long long policy = 0;
+    FM_PTX(asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy)), (void)policy);
     return policy;
 }
 

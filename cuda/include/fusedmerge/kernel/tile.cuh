@@ -12,6 +12,9 @@ namespace fusedmerge {
 struct alignas(16) Words4 {
     unsigned words[4];
 };
+struct alignas(16) Floats4 {
+    float values[4];
+};
 
 template <class T>
 struct Octet {
