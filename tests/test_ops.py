@@ -16,7 +16,10 @@ HALVES = (torch.bfloat16, torch.float16)
 LENGTHS = (1, 3, 16, 17, 40)  # up to 16 tokens, and more
 
 
-@pytest.fixture(params=["cpu", "sim", *(pytest.param(name, marks=pytest.mark.gpu) for name in ("jit", "aot"))])
+ON_GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in ("jit", "aot")]
+
+
+@pytest.fixture(params=["cpu", "sim", *ON_GPU])
 def apply(request, monkeypatch):
     """`lora_linear` as each backend runs it: y on the CPU from operands on the CPU."""
     monkeypatch.setenv("FUSEDMERGE_BACKEND", request.param)
@@ -152,6 +155,16 @@ def test_values_near_the_ends_of_float16(apply, tokens):
     check(apply, large)
     y = apply(large._replace(weight=large.weight * 32))
     assert torch.isinf(y).any() and not torch.isnan(y).any()
+
+
+@pytest.mark.parametrize("apply", ["sim", *ON_GPU], indirect=True)
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_decode_steps_bits_do_not_depend_on_the_other_tokens(apply, dtype):
+    operands = ops_kit.make(16, r=20, n_in=300, dtype=dtype)
+    y = apply(operands)
+    for chosen in ([0], [15], [3, 4, 5], list(range(9)), list(range(15, -1, -1))):
+        some = operands._replace(**{name: getattr(operands, name)[chosen] for name in ("x", "ids", "gates")})
+        assert torch.equal(apply(some), y[chosen])
 
 
 @pytest.mark.parametrize("tokens", [2, 20])
