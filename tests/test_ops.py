@@ -16,13 +16,22 @@ HALVES = (torch.bfloat16, torch.float16)
 LENGTHS = (1, 3, 16, 17, 40)  # up to 16 tokens, and more
 
 
-@pytest.fixture(params=["cpu", "sim", *(pytest.param(name, marks=pytest.mark.gpu) for name in ("jit", "aot"))])
-def apply(request, monkeypatch):
-    """`lora_linear` as each backend runs it: y on the CPU from operands on the CPU."""
+ON_GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in ("jit", "aot")]
+
+
+@pytest.fixture(params=["cpu", "sim", *ON_GPU])
+def where(request, monkeypatch):
+    """Every backend, chosen as a user chooses it."""
     monkeypatch.setenv("FUSEDMERGE_BACKEND", request.param)
-    if request.param in ("cpu", "sim"):
-        if request.param == "sim":
-            monkeypatch.setenv("FUSEDMERGE_SIM_LIB", request.getfixturevalue("sim_library"))
+    if request.param == "sim":
+        monkeypatch.setenv("FUSEDMERGE_SIM_LIB", request.getfixturevalue("sim_library"))
+    return request.param
+
+
+@pytest.fixture
+def apply(where):
+    """`lora_linear` as each backend runs it: y on the CPU from operands on the CPU."""
+    if where in ("cpu", "sim"):
         return lambda operands: fm.lora_linear(*operands)
 
     def on_gpu(operands):
@@ -31,6 +40,13 @@ def apply(request, monkeypatch):
         return fm.lora_linear(*(t if t is None else t.cuda() for t in operands)).cpu()
 
     return on_gpu
+
+
+@pytest.fixture
+def choose(where):
+    """`route_topk` as each backend runs it, from and to the CPU."""
+    device = "cpu" if where in ("cpu", "sim") else "cuda"
+    return lambda x, router, *options: [found.cpu() for found in fm.route_topk(x.to(device), router.to(device), *options)]
 
 
 def check(apply, operands):
@@ -154,6 +170,16 @@ def test_values_near_the_ends_of_float16(apply, tokens):
     assert torch.isinf(y).any() and not torch.isnan(y).any()
 
 
+@pytest.mark.parametrize("where", ["sim", *ON_GPU], indirect=True)
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_decode_steps_bits_do_not_depend_on_the_other_tokens(apply, dtype):
+    operands = ops_kit.make(16, r=20, n_in=300, dtype=dtype)
+    y = apply(operands)
+    for chosen in ([0], [15], [3, 4, 5], list(range(9)), list(range(15, -1, -1))):
+        some = operands._replace(**{name: getattr(operands, name)[chosen] for name in ("x", "ids", "gates")})
+        assert torch.equal(apply(some), y[chosen])
+
+
 @pytest.mark.parametrize("tokens", [2, 20])
 def test_what_is_not_finite_stays_with_its_token(apply, tokens):
     operands = ops_kit.make(tokens)
@@ -208,11 +234,11 @@ def route_truth(x, router, k, normalize):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(("num_adapters", "k"), [(1, 1), (8, 1), (8, 2), (8, 8), (67, 5)])
-def test_routing(num_adapters, k, normalize, dtype):
+def test_routing(choose, num_adapters, k, normalize, dtype):
     rng = torch.Generator().manual_seed(num_adapters)
     x = torch.randn(3, 7, 96, generator=rng, dtype=torch.float64).to(dtype)
     router = (torch.randn(num_adapters, 96, generator=rng, dtype=torch.float64) * 0.2).to(dtype)
-    ids, gates = fm.route_topk(x, router, k, normalize)
+    ids, gates = choose(x, router, k, normalize)
     expected_ids, expected_gates = route_truth(x, router, k, normalize)
     assert ids.dtype == torch.int32 and gates.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert ids.shape == gates.shape == (3, 7, k)
@@ -220,24 +246,45 @@ def test_routing(num_adapters, k, normalize, dtype):
     np.testing.assert_allclose(gates.numpy(), expected_gates, rtol=1e-12 if dtype == torch.float64 else 5e-6)
 
 
-def test_ties_go_to_the_lower_index():
-    router = torch.tensor([[1.0], [3.0], [3.0], [2.0], [3.0], [2.0]])
-    x = torch.tensor([[1.0], [-1.0], [0.0]])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ties_go_to_the_lower_index(choose, dtype):
+    router = torch.tensor([[1.0], [3.0], [3.0], [2.0], [3.0], [2.0]], dtype=dtype)
+    x = torch.tensor([[1.0], [-1.0], [0.0]], dtype=dtype)
     for normalize in (True, False):
-        ids, _ = fm.route_topk(x, router, 4, normalize)
+        ids, _ = choose(x, router, 4, normalize)
         assert ids.tolist() == [[1, 2, 4, 3], [0, 3, 5, 1], [0, 1, 2, 3]]
 
 
-def test_order_is_that_of_the_logits_where_softmax_cannot_tell():
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_order_is_that_of_the_logits_where_softmax_cannot_tell(choose, dtype):
     """exp(-200) and exp(-300) are both 0 in float32."""
-    ids, gates = fm.route_topk(torch.ones(1), torch.tensor([[0.0], [-300.0], [-200.0]]), 3, normalize=False)
+    ids, gates = choose(torch.ones(1, dtype=dtype), torch.tensor([[0.0], [-300.0], [-200.0]], dtype=dtype), 3, False)
     assert ids.tolist() == [0, 2, 1] and gates.tolist() == [1.0, 0.0, 0.0]
 
 
-def test_logits_of_16_bit_operands_are_not_rounded_to_16_bits():
+def test_logits_of_16_bit_operands_are_not_rounded_to_16_bits(choose):
     x, router = torch.ones(2, dtype=torch.bfloat16), torch.tensor([[256.0, 0.0], [256.0, 0.5]], dtype=torch.bfloat16)
-    ids, gates = fm.route_topk(x, router, 2)
+    ids, gates = choose(x, router, 2)
     assert ids.tolist() == [1, 0] and abs(gates[0].item() - 1 / (1 + math.exp(-0.5))) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_nan_is_never_chosen(choose, normalize, dtype):
+    """A token that is NaN gets no adapter, so that a whole batch is not refused for it: its y is NaN anyway."""
+    x = torch.tensor([[1.0, 2.0], [torch.nan, 0.0], [2.0, 1.0]], dtype=dtype)
+    ids, gates = choose(x, torch.eye(2, dtype=dtype), 2, normalize)
+    assert ids.tolist() == [[1, 0], [-1, -1], [0, 1]] and gates[1].tolist() == [0.0, 0.0]
+    assert torch.equal(gates[0], gates[2]) and abs(gates[0].sum().item() - 1) < 1e-6
+    ids, gates = choose(torch.ones(1, 2, dtype=dtype), torch.tensor([[torch.nan, 0.0], [1.0, 1.0]], dtype=dtype), 2, True)
+    assert ids.tolist() == [[1, -1]] and gates.tolist() == [[1.0, 0.0]]
+
+
+def test_nan_spoils_no_other_gradient():
+    x = torch.tensor([[1.0, 2.0], [torch.nan, 0.0]], requires_grad=True)
+    ids, gates = fm.route_topk(x, torch.tensor([[1.0, 0.5], [0.0, 1.0], [1.0, 1.0]]), 2)
+    gates[:, 0].sum().backward()
+    assert torch.isfinite(x.grad[0]).all() and x.grad[0].abs().max() > 0
 
 
 def test_routing_of_nothing():

@@ -50,7 +50,8 @@ def route_topk(x: Array, router_weight: Any, k: int, normalize: bool = True) -> 
     x [..., in], router_weight [N, in] -> ids int32 [..., k], gates float32 [..., k], in descending order of logit; ties go to the lower
     index. Logits and softmax are computed in float32 whatever the dtypes (for float64 x in float64, and so are the gates). normalize=True:
     softmax over the top k logits (for k = 1 over all: the gate would be constant otherwise, and the router without a gradient); False:
-    softmax over all, then the top k. Differentiable in x and router_weight; autocast changes nothing. Arrays: as for `lora_linear`.
+    softmax over all, then the top k. A logit of NaN is never chosen: where too few others are left, the id is -1 and the gate 0.
+    Differentiable in x and router_weight; autocast changes nothing. Arrays: as for `lora_linear`.
 
     Raises InvalidTypeError, ShapeError, DtypeError, DeviceError, InvalidValueError (k outside [1, N]), BackendError.
     """

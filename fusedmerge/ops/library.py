@@ -18,7 +18,10 @@ from torch.nn.functional import linear
 
 from fusedmerge import backend
 from fusedmerge.backend.cpu import exact_products
+from fusedmerge.backend.linear import decode_linear
+from fusedmerge.backend.linear import route as kernel_route
 from fusedmerge.backend.params import MAX_SLOTS
+from fusedmerge.backend.sgmv import MAX_ADAPTERS, add_adapters
 from fusedmerge.errors import BackendError
 from fusedmerge.ops import torch_linear, torch_route
 from fusedmerge.ops.arguments import Operands, check_linear, check_route, check_values, wide_dtype
@@ -26,7 +29,6 @@ from fusedmerge.ops.torch_linear import DECODE_TOKENS
 
 __all__ = ["implementation"]
 
-MAX_ADAPTERS = 4096  # of the kernels that route and group tokens in shared memory
 logger = logging.getLogger(__name__)
 _library = torch.library.Library("fusedmerge", "DEF")
 Kernel = Callable[..., Any]
@@ -112,11 +114,7 @@ def _by_kernels(name: str, operands: Operands) -> torch.Tensor:
     scaling = None if operands.scaling is None else operands.scaling.to(torch.float32).contiguous()
     bias = None if operands.bias is None else operands.bias.contiguous()
     if len(x) <= DECODE_TOKENS:
-        from fusedmerge.backend.linear import decode_linear
-
         return decode_linear(name, x, weight, a, b, ids, gates, scaling, bias)
-    from fusedmerge.backend.sgmv import add_adapters
-
     y = linear(x, weight, bias)
     add_adapters(name, y, x, a, b, ids, gates, scaling)
     return y
@@ -184,9 +182,7 @@ def _route_topk(x: torch.Tensor, router_weight: torch.Tensor, k: int, normalize:
         with exact_products():
             ids, gates = torch_route.route(rows, router_weight, k, normalize)
     else:
-        from fusedmerge.backend.linear import route
-
-        ids, gates = route(name, rows.contiguous(), router_weight.contiguous(), k, normalize)
+        ids, gates = kernel_route(name, rows.contiguous(), router_weight.contiguous(), k, normalize)
     return gates.reshape(*x.shape[:-1], k), ids.reshape(*x.shape[:-1], k)
 
 
