@@ -132,16 +132,18 @@ def _install(model: nn.Module, made: Structure, parts: dict[str, nn.Module], sha
             parameter.requires_grad_(False)
             made._undo.append(partial(parameter.requires_grad_, True))
     replacements: dict[int, nn.Module] = {id(part.base_layer): part for part in parts.values()}
-    for path, module in list(model.named_modules(remove_duplicate=False)):
-        part = replacements.get(id(module))
-        if part is not None:
-            parent, _, leaf = path.rpartition(".")
-            where = model.get_submodule(parent)
-            part.training = module.training
-            setattr(where, leaf, part)
-            made._undo.append(partial(setattr, where, leaf, module))
+    places = [  # found before anything moves: a block's linears are replaced as well as the block
+        (model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], module)
+        for path, module in model.named_modules(remove_duplicate=False)
+        if id(module) in replacements
+    ]
+    for where, leaf, module in places:
+        part = replacements[id(module)]
+        part.training = module.training
+        setattr(where, leaf, part)
+        made._undo.append(partial(setattr, where, leaf, module))
     if shared:
-        model.add_module("lora_routers", nn.ModuleDict(shared))
+        model.add_module("lora_routers", nn.ModuleDict(shared).train(model.training))
         made._undo.append(partial(delattr, model, "lora_routers"))
     made.attach()
     return model
