@@ -156,13 +156,16 @@ def test_a_second_prefill_is_unmerged_too(directory):
 
 def test_auto(directory):
     decoder = Decoder.from_pretrained(directory)
-    assert strategies.choose(decoder, 100) == "backbone"
+
+    def chosen(method, new_tokens, r=5):
+        experts = make_experts(decoder, method, r=r)
+        return strategies.choose(method, [(decoder.weights[name], linear) for name, linear in experts.linears.items()], new_tokens)
+
+    assert strategies.choose(None, [], 100) == "backbone"
     for method in ("lora_switch", "mola", "mixlora"):
-        decoder.experts = make_experts(decoder, method)
-        assert strategies.choose(decoder, 10_000) == "fused"  # a new mixture for every token
-    decoder.experts = make_experts(decoder, "lora", r=1)  # one mixture for the whole generation
-    assert strategies.choose(decoder, 1) == "fused"
-    assert strategies.choose(decoder, 1000) == "merged"
+        assert chosen(method, 10_000) == "fused"  # a new mixture for every token
+    assert chosen("lora", 1, r=1) == "fused"  # one mixture for the whole generation
+    assert chosen("lora", 1000, r=1) == "merged"
 
 
 # ---------------------------------------------------------------------- what a CUDA graph needs

@@ -187,6 +187,8 @@ def test_an_exception_leaves_everything_as_it_was(switch, prompt, of, monkeypatc
 
 def test_dropout_is_off_while_generating(tmp_path, prompt):
     model = injected(tmp_path, lora_dropout=0.5)
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
     expected = fm.moe.generate(model, prompt, 10)
     model.train()
     assert all(torch.equal(fm.moe.generate(model, prompt, 10, strategy=strategy), expected) for strategy in ALL)
