@@ -110,7 +110,8 @@ def test_report(tmp_path: Path) -> None:
     given = results()
     text = accuracy_markdown(given)
     assert "Notice: fr is left out." in text
-    assert "| LoRA-Switch, token-wise | 2.9750 ± 0.1061 | 2.900 3.050 |" in text
+    assert "| LoRA-Switch, token-wise | 2.9750 ± 0.1061 | 2.900 3.050 |  |" in text
+    assert "| MixLoRA, per block | 3.0500 ± 0.0707 | 3.000 3.100 | +0.0750 ± 0.0354 |" in text
     assert text.count("**no**") == sum(not entry["holds"] for entry in given["criteria"].values()) > 0
     failed = {**given, "gate": report.gate([3.0, 3.2], [3.0, 3.1])}
     del failed["criteria"]
@@ -219,6 +220,13 @@ def test_a_run_is_repeatable_and_kept(tokens: Path, tmp_path: Path) -> None:
     job.path.unlink()
     again = run(job)
     assert {k: v for k, v in again.items() if "seconds" not in k} == {k: v for k, v in first.items() if "seconds" not in k}
+
+
+def test_a_rate_that_diverges_is_not_chosen(tokens: Path, tmp_path: Path) -> None:
+    pretrain(TINY, tmp_path)
+    found = run(Job(TINY, str(tmp_path), "lora", METHODS["lora_equal_active"], 4, 1e30, 0))
+    assert found["validation"] is None
+    assert "finite" in found["diverged"]
 
 
 def test_methods_share_batches_and_windows(tokens: Path) -> None:

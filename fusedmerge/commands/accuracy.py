@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +49,19 @@ def _methods_table(methods: Mapping[str, Any]) -> str:
         dead = f"{statistics.fmean(r['dead_experts'] for r in routers):.1f} of {routers[0]['experts']}" if routers else ""
         bits = f"{statistics.fmean(r['mutual_information_bits'] for r in routers):.2f}" if routers else ""
         cells = [entry.get("title", name), f"{statistics.fmean(seeds):.4f}{spread}", " ".join(f"{v:.3f}" for v in seeds)]
+        cells.append(_beside(seeds, methods.get("lora_switch", {}).get("seeds", ())))
         cells += [f"{entry['params']:,}", entry.get("r") or "", f"{entry['lr']:g}" if entry.get("lr") else "", bits, dead]
         rows.append([*cells, f"{statistics.fmean(entry['cpu_seconds']):.0f}" if entry.get("cpu_seconds") else ""])
-    header = ["method", "bits per byte (mean ± sd)", "seeds", "trainable", "r", "lr", "I(expert; domain), bits", "dead experts", "CPU s"]
-    return markdown_table(header, rows)
+    header = ["method", "bits per byte (mean ± sd)", "seeds", "minus LoRA-Switch", "trainable", "r", "lr"]
+    return markdown_table([*header, "I(expert; domain), bits", "dead experts", "CPU s"], rows)
+
+
+def _beside(seeds: Sequence[float], reference: Sequence[float]) -> str:
+    """The paired difference, mean ± sd; nothing beside itself."""
+    if len(seeds) != len(reference) or len(seeds) < 2 or list(seeds) == list(reference):
+        return ""
+    differences = [a - b for a, b in zip(seeds, reference, strict=True)]
+    return f"{statistics.fmean(differences):+.4f} ± {statistics.stdev(differences):.4f}"
 
 
 def plot_accuracy(results: Mapping[str, Any], path: Path) -> None:

@@ -96,7 +96,7 @@ def judge(
 
     searched = _all(pool, [job(name, lr, 0) for name in methods for lr in setting.learning_rates], "learning rates")
     validation = {name: {lr: searched[job(name, lr, 0).path]["validation"] for lr in setting.learning_rates} for name in methods}
-    best = {name: min(tried, key=lambda lr: tried[lr]) for name, tried in validation.items()}
+    best = {name: min((lr for lr in tried if tried[lr] is not None), key=tried.__getitem__) for name, tried in validation.items()}
     _all(pool, [job(name, best[name], seed) for name in methods for seed in range(1, setting.seeds)], "seeds")
     found = {}
     for name, method in methods.items():

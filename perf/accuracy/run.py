@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import fusedmerge as fm
+from fusedmerge.errors import StateError
 from fusedmerge.moe.routing import Record
 from perf.accuracy import methods
 from perf.accuracy.data import PRETRAINING, Data
@@ -48,17 +49,22 @@ def one_thread() -> None:
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Train and judge a method; read instead, if it was done before."""
+    """Train and judge a method; read instead, if it was done before. A loss that is not finite: validation None."""
     if job.path.is_file():
         return dict(json.loads(job.path.read_text()))
     setting, data = job.setting, Data(job.setting.data.folder)
     state = torch.load(Path(job.folder) / "backbone.pt", weights_only=True)
     model = methods.build(setting, job.method, job.r, state, len(data.domains), job.seed)
     wall, cpu = time.perf_counter(), time.process_time()
-    losses = fm.moe.train(
-        model, Batches(setting, data, job.seed), setting.steps, lr=job.lr, warmup_steps=setting.steps // 8, final_lr=0.1,
-        betas=(0.9, 0.95), seed=job.seed, autocast=torch.bfloat16 if setting.autocast else None, progress=False,
-    )  # fmt: skip
+    try:
+        losses = fm.moe.train(
+            model, Batches(setting, data, job.seed), setting.steps, lr=job.lr, warmup_steps=setting.steps // 8, final_lr=0.1,
+            betas=(0.9, 0.95), seed=job.seed, autocast=torch.bfloat16 if setting.autocast else None, progress=False,
+        )  # fmt: skip
+    except StateError as error:
+        found = {"validation": None, "diverged": str(error)}
+        keep(job.path, found)
+        return found
     found = {
         "seconds": time.perf_counter() - wall,
         "cpu_seconds": time.process_time() - cpu,
