@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +33,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_STARTED] = time.monotonic()
+    config.stash[_SUITES] = []
 
 
 _STARTED = pytest.StashKey[float]()
 _FAILED = pytest.StashKey[bool]()
+_SUITES = pytest.StashKey[list[Suite]]()
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     if report.failed:
         item.stash[_FAILED] = True
@@ -48,15 +50,17 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 @pytest.fixture(scope="module")
-def suite(request: pytest.FixtureRequest, began: dict[str, Any], ceilings: Ceilings) -> Iterator[Suite]:
+def suite(request: pytest.FixtureRequest, ceilings: Ceilings) -> Iterator[Suite]:
+    """The records of the test's module."""
     found = Suite(request.module.__name__.rpartition(".")[2].removeprefix("test_"))
     found.setting["ceilings"] = dataclasses.asdict(ceilings)
+    request.config.stash[_SUITES].append(found)
     yield found
-    _print(found)
 
 
 @pytest.fixture(scope="session")
 def began() -> dict[str, Any]:
+    """Commit and load at the session's start."""
     return begin()
 
 
@@ -89,13 +93,19 @@ def ceilings() -> Ceilings:
     return measure(device())
 
 
-def _print(suite: Suite) -> None:
-    """Measured and predicted times of a suite."""
-    rows = [
-        (case["group"], case["title"], f"{case['median_ms']:.4g}", f"{case['predicted_ms']:.4g}", f"{case['median_ms'] / case['predicted_ms']:.2f}")
-        for case in suite.cases
-        if case.get("predicted_ms")
-    ]
-    print(f"\n{suite.path or f'{suite.name}: not written'}")
-    if rows:
-        print(text_table(["group", "case", "ms", "predicted ms", "measured / predicted"], rows))
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Measured and predicted times, and where they were written."""
+    for suite in config.stash[_SUITES]:
+        rows = [
+            (
+                case["title"],
+                *(f"{case[name]:.4g}" for name in ("median_ms", "predicted_ms")),
+                f"{case['median_ms'] / case['predicted_ms']:.2f}",
+            )
+            for case in suite.cases
+            if case.get("predicted_ms")
+        ]
+        written = "nothing was written: a test has failed" if suite.failed else str(suite.path or "nothing was measured")
+        terminalreporter.write_line(f"\n{suite.name}: {written}")
+        if rows:
+            terminalreporter.write_line(text_table(["case", "ms", "predicted ms", "measured / predicted"], rows))

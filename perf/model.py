@@ -95,7 +95,7 @@ def factor_bytes(shapes: Shapes, r: int, itemsize: int = 2) -> int:
 
 
 def switch_exact(shapes: Shapes, r: int, k: int, base: int = WEIGHT) -> Cost:
-    """live = round(base + sum of k experts): base and chosen factors read, live written, one launch. base: bytes of a base weight (fp8: 1)."""
+    """live = round(base + k experts): base and chosen factors read, live written, one launch. base: bytes of a base weight (fp8: 1)."""
     weights = _elements(shapes)
     return Cost(base * weights + k * factor_bytes(shapes, r), WEIGHT * weights, 2 * weights * k * _padded(r), 1)
 

@@ -16,7 +16,6 @@ from perf.subjects import Mixture
 if TYPE_CHECKING:
     import torch
 
-    from fusedmerge.staging import BankTarget
 
 __all__ = ["Addmm", "Switch", "addmm_float32", "copy_of", "peft"]
 
@@ -59,10 +58,10 @@ def peft(model: torch.nn.Module, bank: fm.AdapterBank, r: int) -> tuple[Weights,
                 wrapped.add_adapter(f"{dtype}_{name}", config)
     for layer, name in zip(lora_layers(wrapped), bank.targets, strict=True):
         target = bank.target(name)
-        for dtype in dtypes:
+        for dtype, kind in dtypes.items():
             for slot, adapter in enumerate(bank.names):
                 for part, factor in ((layer.lora_A, target.a[slot, :r]), (layer.lora_B, target.b[slot, :, :r])):
-                    part[f"{dtype}_{adapter}"].weight.data = factor.to(dtypes[dtype], copy=True)
+                    part[f"{dtype}_{adapter}"].weight.data = factor.to(kind, copy=True)
     switcher = PeftSwitch(wrapped)
 
     def switch(dtype: str) -> Switch:

@@ -15,7 +15,6 @@ from perf.backbones import LLAMA_2_7B, LLAMA_3_8B, LLAMA_70B_LAYER, MISTRAL_7B, 
 if TYPE_CHECKING:
     import torch
 
-    from fusedmerge.staging import BankTarget
 
 __all__ = ["Mixture", "backbones", "checked", "errors", "llama", "make_bank", "make_weights", "mixtures"]
 

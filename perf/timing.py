@@ -1,4 +1,4 @@
-"""Times of calls that take turns: CUDA events on a GPU, a clock on the CPU; rounds until there are enough; buffers that outgrow the cache."""
+"""Times of calls that take turns: CUDA events on a GPU, a clock on the CPU; as many rounds as fit; buffers that outgrow the cache."""
 
 from __future__ import annotations
 

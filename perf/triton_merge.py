@@ -51,9 +51,7 @@ def merge_kernel(
     tl.store(live + place * live_stride + j[None, :], total.to(live.dtype.element_ty), mask=inside)
 
 
-def merge(
-    base: torch.Tensor, live: torch.Tensor, a: torch.Tensor, b: torch.Tensor, ids: torch.Tensor, coefficients: torch.Tensor
-) -> None:
+def merge(base: torch.Tensor, live: torch.Tensor, a: torch.Tensor, b: torch.Tensor, ids: torch.Tensor, coefficients: torch.Tensor) -> None:
     """Set `live` to the merge. ids [k] int64 and coefficients [k] float32 are on the weights' device."""
     rows, cols = live.shape
     merge_kernel[triton.cdiv(rows, TILE), triton.cdiv(cols, TILE)](
@@ -75,6 +73,13 @@ def switch(base: Mapping[str, torch.Tensor], live: Mapping[str, torch.Tensor], b
         coefficients = scaling.index_select(1, ids) * gates  # [matrices, k]
         for index, (name, tensor) in enumerate(live.items()):
             target = bank.target(name)
-            merge(base[name], tensor, target.a, target.b, ids, coefficients[index], )
+            merge(
+                base[name],
+                tensor,
+                target.a,
+                target.b,
+                ids,
+                coefficients[index],
+            )
 
     return run
