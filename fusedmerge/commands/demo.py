@@ -45,7 +45,7 @@ def run(out: str | Path, config: DemoConfig | None = None, progress: bool = True
     """
     from fusedmerge.commands import demo_checks
     from fusedmerge.commands.demo_decode import decode
-    from fusedmerge.commands.plot import plot_decode, plot_drift
+    from fusedmerge.commands.plot_pictures import plot_decode, plot_drift
 
     config = config or DemoConfig()
     out = Path(out)
