@@ -2,7 +2,8 @@
 add_library(fusedmerge_host OBJECT cuda/src/api.cpp cuda/src/plan.cpp)
 add_library(fusedmerge_launch OBJECT)
 if(fusedmerge_with_cuda)
-  target_sources(fusedmerge_launch PRIVATE cuda/src/launch.cu cuda/src/instances.cu)
+  target_sources(fusedmerge_launch PRIVATE cuda/src/launch.cu cuda/src/launch_kernel.cu cuda/src/instances.cu cuda/src/kernels.cpp
+                                           cuda/src/kernels_linear.cu cuda/src/kernels_sgmv.cu)
   target_link_libraries(fusedmerge_launch PRIVATE CUDA::cudart_static)
   target_compile_options(fusedmerge_launch PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--threads=0>) # one architecture each
 else()

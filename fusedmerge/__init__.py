@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fusedmerge import moe as moe
     from fusedmerge.backend import backends as backends
     from fusedmerge.bank import AdapterBank as AdapterBank
+    from fusedmerge.cost import crossover as crossover
     from fusedmerge.ops import lora_linear as lora_linear
     from fusedmerge.ops import route_topk as route_topk
     from fusedmerge.switcher import Switcher as Switcher
@@ -26,6 +27,7 @@ _LAZY = {
     "AdapterBank": "fusedmerge.bank",
     "Switcher": "fusedmerge.switcher",
     "backends": "fusedmerge.backend",
+    "crossover": "fusedmerge.cost",
     "lora_linear": "fusedmerge.ops",
     "route_topk": "fusedmerge.ops",
 }

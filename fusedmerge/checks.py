@@ -18,10 +18,13 @@ _SHOWN = 5
 
 
 def as_tensor(array: Any) -> Any:
-    """A torch tensor over the memory of a CuPy, NumPy or other array (DLPack, __cuda_array_interface__); anything else as it is."""
+    """A torch tensor over the memory of a CuPy, NumPy or other array (DLPack, __cuda_array_interface__); anything else as it is.
+
+    So is an array with a negative stride: torch has none, and its DLPack reader would end the process.
+    """
     import torch
 
-    if isinstance(array, torch.Tensor):
+    if isinstance(array, torch.Tensor) or min(getattr(array, "strides", None) or (0,)) < 0:
         return array
     if hasattr(array, "__dlpack__"):
         return torch.utils.dlpack.from_dlpack(array)

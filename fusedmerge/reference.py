@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from fusedmerge.staging import BankTarget
 
-__all__ = ["Float", "FORMATS", "Member", "error_bound", "merged", "members", "round_to", "to_float64", "ulp"]
+__all__ = ["Float", "FORMATS", "Member", "applied", "applied_bound", "error_bound", "merged", "members", "round_to", "to_float64", "ulp"]
 
 Array = NDArray[np.float64]
 
@@ -80,6 +80,38 @@ def error_bound(base: Array, mixture: Sequence[Member], dtype: str) -> Array:
     depth = sum(-(-expert.a.shape[0] // 16) * 16 for expert in mixture)
     relative = max(2.0**-20, depth * 2.0**-26) if dtype == "float32" else max(2.0**-18, depth * 2.0**-27)
     return 0.5 * ulp(merged(base, mixture), dtype) + relative * magnitude(base, mixture)
+
+
+def applied(
+    x: Array,
+    weight: Array,
+    a: Array,
+    b: Array,
+    ids: NDArray[np.integer],
+    gates: Array,
+    scaling: Array | None = None,
+    bias: Array | None = None,
+) -> Array:
+    """`lora_linear` on x [T, in], ids and gates [T, k]: each token's experts beside the linear, not merged. y [T, out]."""
+    y = x @ weight.T + (0.0 if bias is None else bias)
+    for token, slot in np.ndindex(*ids.shape):
+        expert = ids[token, slot]
+        if expert >= 0:
+            coefficient = gates[token, slot] * (1.0 if scaling is None else scaling[expert])
+            y[token] += coefficient * (b[expert] @ (a[expert] @ x[token]))
+    return y
+
+
+def applied_bound(y: Array, backbone: Array, magnitude: Array, dtype: str) -> Array:
+    """How far `lora_linear` may lie from the truth y [T, out]: half an ulp + 2^-16 S (float32: 2^-18 S).
+
+    Above 16 tokens 16-bit values are rounded twice, which adds half an ulp of backbone = W x + bias.
+    magnitude: S = |W| |x| + |bias| + sum |gate scaling| |B| |A| |x|, which is `applied` on the absolute values.
+    """
+    before = (2.0**-18 if dtype == "float32" else 2.0**-16) * magnitude
+    if dtype != "float32" and len(y) > 16:
+        before = before + 0.5 * ulp(backbone, dtype)
+    return before + 0.5 * ulp(np.abs(y) + before, dtype)  # the last rounding is of what was computed, not of y
 
 
 def to_float64(tensor: torch.Tensor) -> Array:

@@ -125,6 +125,20 @@ void launch(const std::tuple<int, int, int>& numbers, int grid, int shared_bytes
     check(launch_switch(kOperation, launch, *pointer<const SwitchParams>(params), pointer<CUstream_st>(stream)));
 }
 
+void prepare_named(const std::string& name) { check(prepare_kernel(name.c_str(), name.c_str())); }
+
+void launch_named(const std::string& name, int grid, int shared_bytes, bool programmatic, int64_t params, int params_bytes,
+                  int64_t stream) {
+    const KernelLaunch launch{name.c_str(), grid, shared_bytes, programmatic};
+    check(launch_kernel(name.c_str(), launch, pointer<const void>(params), params_bytes, pointer<CUstream_st>(stream)));
+}
+
+void launch_loaded(const std::string& name, int64_t function, int grid, int threads, int shared_bytes, bool programmatic, int64_t params,
+                   int64_t stream) {
+    const FunctionLaunch launch{pointer<void>(function), grid, threads, shared_bytes, programmatic};
+    check(launch_function(name.c_str(), launch, pointer<const void>(params), pointer<CUstream_st>(stream)));
+}
+
 }  // namespace
 }  // namespace fusedmerge
 
@@ -159,4 +173,9 @@ Raises ValueError for a table that cannot be right, MemoryError if a workspace d
           "Make the current device's kernel for (live, source, factor) dtypes ready for launches of that size.");
     m.def("launch_switch", &fusedmerge::launch, "numbers"_a, "grid"_a, "shared_bytes"_a, "params"_a, "stream"_a,
           "Launch that kernel on a stream of the current device, with the SwitchParams at an address.");
+    m.def("prepare_kernel", &fusedmerge::prepare_named, "name"_a, "Let the current device's kernel of this name use all shared memory.");
+    m.def("launch_kernel", &fusedmerge::launch_named, "name"_a, "grid"_a, "shared_bytes"_a, "programmatic"_a, "params"_a, "params_bytes"_a,
+          "stream"_a, "Launch the kernel of this name (cuda/src/kernels.h) on a stream of the current device, with params at an address.");
+    m.def("launch_function", &fusedmerge::launch_loaded, "name"_a, "function"_a, "grid"_a, "threads"_a, "shared_bytes"_a, "programmatic"_a,
+          "params"_a, "stream"_a, "The same for a CUfunction.");
 }

@@ -2,6 +2,8 @@
 
 #include <cstddef>
 
+#include "fusedmerge/kernel/linear_params.cuh"
+#include "fusedmerge/kernel/sgmv_params.cuh"
 #include "plan.h"
 
 namespace fusedmerge {
@@ -68,6 +70,111 @@ std::string describe_structs() {
     FM_FIELD(PlanResult, shared_bytes);
     FM_FIELD(PlanResult, resident_chunks);
     FM_FIELD(PlanResult, error);
+    FM_FIELD(Groups, totals);
+    FM_FIELD(Groups, pair_tokens);
+    FM_FIELD(Groups, pair_gates);
+    FM_FIELD(Groups, shrink_groups);
+    FM_FIELD(Groups, tile_tokens);
+    FM_FIELD(Groups, tile_pairs);
+    FM_FIELD(Groups, tile_counts);
+    FM_FIELD(Groups, tile_rows);
+    FM_FIELD(Groups, num_slots);
+    FM_FIELD(GroupParams, groups);
+    FM_FIELD(GroupParams, ids);
+    FM_FIELD(GroupParams, gates);
+    FM_FIELD(GroupParams, counts);
+    FM_FIELD(GroupParams, starts);
+    FM_FIELD(GroupParams, positions);
+    FM_FIELD(GroupParams, num_tokens);
+    FM_FIELD(GroupParams, num_adapters);
+    FM_FIELD(GroupParams, num_indices);
+    FM_FIELD(GroupParams, lowest_buckets);
+    FM_FIELD(GroupParams, second_buckets);
+    FM_FIELD(GroupParams, reserved);
+    FM_FIELD(SgmvTarget, y);
+    FM_FIELD(SgmvTarget, a);
+    FM_FIELD(SgmvTarget, b);
+    FM_FIELD(SgmvTarget, scaling);
+    FM_FIELD(SgmvTarget, ranks);
+    FM_FIELD(SgmvTarget, z);
+    FM_FIELD(SgmvTarget, y_stride);
+    FM_FIELD(SgmvTarget, a_adapter_stride);
+    FM_FIELD(SgmvTarget, a_row_stride);
+    FM_FIELD(SgmvTarget, b_adapter_stride);
+    FM_FIELD(SgmvTarget, b_row_stride);
+    FM_FIELD(SgmvTarget, out);
+    FM_FIELD(SgmvTarget, rank);
+    FM_FIELD(SgmvTarget, z_stride);
+    FM_FIELD(SgmvTarget, flags);
+    FM_FIELD(SgmvParams, groups);
+    FM_FIELD(SgmvParams, x);
+    FM_FIELD(SgmvParams, x_stride);
+    FM_FIELD(SgmvParams, cols);
+    FM_FIELD(SgmvParams, num_pairs);
+    FM_FIELD(SgmvParams, num_parts);
+    FM_FIELD(SgmvParams, num_targets);
+    FM_FIELD(SgmvParams, targets);
+    FM_FIELD(RouteParams, x);
+    FM_FIELD(RouteParams, router);
+    FM_FIELD(RouteParams, mask);
+    FM_FIELD(RouteParams, ids);
+    FM_FIELD(RouteParams, gates);
+    FM_FIELD(RouteParams, x_stride);
+    FM_FIELD(RouteParams, router_stride);
+    FM_FIELD(RouteParams, cols);
+    FM_FIELD(RouteParams, num_adapters);
+    FM_FIELD(RouteParams, num_slots);
+    FM_FIELD(RouteParams, normalize);
+    FM_FIELD(RouteParams, flags);
+    FM_FIELD(RouteParams, reserved);
+    FM_FIELD(LinearTarget, weight);
+    FM_FIELD(LinearTarget, a);
+    FM_FIELD(LinearTarget, b);
+    FM_FIELD(LinearTarget, scaling);
+    FM_FIELD(LinearTarget, bias);
+    FM_FIELD(LinearTarget, residual);
+    FM_FIELD(LinearTarget, y);
+    FM_FIELD(LinearTarget, z);
+    FM_FIELD(LinearTarget, weight_stride);
+    FM_FIELD(LinearTarget, a_adapter_stride);
+    FM_FIELD(LinearTarget, a_row_stride);
+    FM_FIELD(LinearTarget, b_adapter_stride);
+    FM_FIELD(LinearTarget, b_row_stride);
+    FM_FIELD(LinearTarget, residual_stride);
+    FM_FIELD(LinearTarget, y_stride);
+    FM_FIELD(LinearTarget, rows);
+    FM_FIELD(LinearTarget, rank);
+    FM_FIELD(LinearTarget, z_pitch);
+    FM_FIELD(LinearTarget, first_tile);
+    FM_FIELD(LinearTarget, first_rank_tile);
+    FM_FIELD(LinearTarget, flags);
+    FM_FIELD(LinearParams, targets);
+    FM_FIELD(LinearParams, x);
+    FM_FIELD(LinearParams, input);
+    FM_FIELD(LinearParams, second);
+    FM_FIELD(LinearParams, norm_weight);
+    FM_FIELD(LinearParams, sum);
+    FM_FIELD(LinearParams, ids);
+    FM_FIELD(LinearParams, gates);
+    FM_FIELD(LinearParams, router);
+    FM_FIELD(LinearParams, logits);
+    FM_FIELD(LinearParams, x_stride);
+    FM_FIELD(LinearParams, input_stride);
+    FM_FIELD(LinearParams, second_stride);
+    FM_FIELD(LinearParams, sum_stride);
+    FM_FIELD(LinearParams, router_stride);
+    FM_FIELD(LinearParams, epsilon);
+    FM_FIELD(LinearParams, source);
+    FM_FIELD(LinearParams, tokens);
+    FM_FIELD(LinearParams, cols);
+    FM_FIELD(LinearParams, num_targets);
+    FM_FIELD(LinearParams, num_tiles);
+    FM_FIELD(LinearParams, num_rank_tiles);
+    FM_FIELD(LinearParams, num_splits);
+    FM_FIELD(LinearParams, num_adapters);
+    FM_FIELD(LinearParams, num_slots);
+    FM_FIELD(LinearParams, normalize);
+    FM_FIELD(LinearParams, flags);
     return text;
 }
 

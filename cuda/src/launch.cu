@@ -3,18 +3,11 @@
 
 #include "instances.h"
 #include "launch.h"
+#include "launch_check.h"
 #include "layout.h"
 
 namespace fusedmerge {
 namespace {
-
-// A CUDA error as a result; the runtime's own record of it is cleared, so that the caller's next check does not meet it.
-fusedmerge_result check(cudaError_t error, const char* operation) noexcept {
-    if (error == cudaSuccess) return FUSEDMERGE_OK;
-    cudaGetLastError();
-    return fail(FUSEDMERGE_CUDA_ERROR, "%s: CUDA: expected success, got %s (%s)", operation, cudaGetErrorName(error),
-                cudaGetErrorString(error));
-}
 
 const SwitchInstance* find(const SwitchLaunch& launch) noexcept { return find_switch_instance(launch.live, launch.source, launch.factor); }
 

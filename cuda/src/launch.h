@@ -18,6 +18,15 @@ struct SwitchLaunch {
     int shared_bytes;
 };
 
+// A launch of a kernel of kernels.h. Programmatic: it may start before the stream's last kernel has ended, and waits for it inside
+// (grid_wait); this takes code for compute capability 9.0 or later, and is a plain launch below.
+struct KernelLaunch {
+    const char* name;
+    int grid;
+    int shared_bytes;
+    bool programmatic;
+};
+
 bool launch_available() noexcept;
 
 // `operation` is the function of the C API that asks, for messages.
@@ -27,6 +36,22 @@ fusedmerge_result query_device(const char* operation, int ordinal, fusedmerge_de
 fusedmerge_result prepare_switch(const char* operation, const SwitchLaunch& launch) noexcept;
 fusedmerge_result launch_switch(const char* operation, const SwitchLaunch& launch, const SwitchParams& params,
                                 fusedmerge_stream stream) noexcept;
+
+// The same for a kernel that has a name. `params` is copied before launch_kernel returns.
+fusedmerge_result prepare_kernel(const char* operation, const char* name) noexcept;
+fusedmerge_result launch_kernel(const char* operation, const KernelLaunch& launch, const void* params, int params_bytes,
+                                fusedmerge_stream stream) noexcept;
+
+// The same for a function of the driver's (a CUfunction): what a just-in-time compiler made and its loader readied.
+struct FunctionLaunch {
+    void* function;
+    int grid;
+    int threads;
+    int shared_bytes;
+    bool programmatic;
+};
+fusedmerge_result launch_function(const char* operation, const FunctionLaunch& launch, const void* params,
+                                  fusedmerge_stream stream) noexcept;
 
 // In the stream's order. `from` may be reused when write_device returns; `to` is filled when read_device returns.
 fusedmerge_result write_device(const char* operation, void* to, const void* from, size_t num_bytes, fusedmerge_stream stream) noexcept;

@@ -20,6 +20,16 @@ fusedmerge_result launch_switch(const char* operation, const SwitchLaunch&, cons
     return refuse(operation);
 }
 
+fusedmerge_result prepare_kernel(const char* operation, const char*) noexcept { return refuse(operation); }
+
+fusedmerge_result launch_kernel(const char* operation, const KernelLaunch&, const void*, int, fusedmerge_stream) noexcept {
+    return refuse(operation);
+}
+
+fusedmerge_result launch_function(const char* operation, const FunctionLaunch&, const void*, fusedmerge_stream) noexcept {
+    return refuse(operation);
+}
+
 fusedmerge_result write_device(const char* operation, void*, const void*, size_t, fusedmerge_stream) noexcept { return refuse(operation); }
 
 fusedmerge_result zero_device(const char* operation, void*, size_t, fusedmerge_stream) noexcept { return refuse(operation); }

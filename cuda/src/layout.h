@@ -5,6 +5,7 @@
 
 #include "fusedmerge/fusedmerge.h"
 #include "fusedmerge/kernel/params.cuh"
+#include "fusedmerge/kernel/sgmv_params.cuh"
 
 namespace fusedmerge {
 
@@ -26,6 +27,12 @@ FM_AT(SwitchState, last_gates, 144);
 static_assert(sizeof(SwitchParams) == 64 && alignof(SwitchParams) == 8, "SwitchParams has another size");
 FM_AT(SwitchParams, num_units, 32);
 FM_AT(SwitchParams, resident_chunks, 60);
+
+static_assert(sizeof(Groups) == 64 && sizeof(GroupParams) == 128, "Groups or GroupParams has another size");
+FM_AT(GroupParams, ids, 64);
+static_assert(sizeof(SgmvTarget) == 104 && sizeof(SgmvParams) == 512, "SgmvTarget or SgmvParams has another size");
+FM_AT(SgmvParams, targets, 96);
+static_assert(sizeof(ShrinkGroup) == 16 && sizeof(TilePair) == 16 && sizeof(GroupTotals) == 16, "a grouped struct has another size");
 
 // The C API's own: what a program that was compiled against an earlier header of this version hands over.
 static_assert(sizeof(fusedmerge_switch_target) == 136, "fusedmerge_switch_target has another size");

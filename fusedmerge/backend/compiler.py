@@ -19,6 +19,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from fusedmerge.backend.params import THREADS
 from fusedmerge.errors import BackendError
 
 __all__ = ["ENTRY", "Kernel", "cache_directory", "compiled", "header_root"]
@@ -35,10 +36,14 @@ class Kernel:
     header: str  # "switch.cuh"
     params: str  # the type of its one argument
     call: str  # the device function, with its template arguments
+    name: str = ""  # in cuda/src/kernels.h: what the ahead-of-time library and the simulator know it by
+    threads: int = THREADS  # of a block
+    blocks: int = 1  # that a multiprocessor is to hold at once
 
     def source(self) -> str:
         """CUDA C++."""
-        entry = f'extern "C" FM_KERNEL(kThreads) {ENTRY}(const {self.params} params) {{ {self.call}(params); }}\n'
+        bounds = f"FM_KERNEL_OF({self.threads}, {self.blocks})"
+        entry = f'extern "C" {bounds} {ENTRY}(const FM_GRID_CONSTANT {self.params} params) {{ {self.call}(params); }}\n'
         return f'#include "fusedmerge/kernel/{self.header}"\nusing namespace fusedmerge;\n{entry}'
 
 

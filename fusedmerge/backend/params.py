@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import ctypes
 
+from fusedmerge.backend.linear_params import LINEAR_STRUCTS
+from fusedmerge.backend.sgmv_params import SGMV_STRUCTS
+
 __all__ = [
     "BAD_GATE",
     "BAD_ID",
@@ -92,7 +95,8 @@ class SimOptions(ctypes.Structure):
     _fields_ = [*((name, _I) for name in ("thread_order", "tensor_core", "async_copies", "resident_blocks")), ("seed", ctypes.c_uint)]
 
 
-SHARED_STRUCTS = (SwitchSegment, SwitchState, SwitchParams, PlanRequest, PlanResult)  # with the extension, and with the simulator
+_SWITCH_STRUCTS = (SwitchSegment, SwitchState, SwitchParams, PlanRequest, PlanResult)
+SHARED_STRUCTS = (*_SWITCH_STRUCTS, *SGMV_STRUCTS, *LINEAR_STRUCTS)  # the extension has these too
 
 
 def layout(structs: tuple[type[ctypes.Structure], ...] = (*SHARED_STRUCTS, SimOptions)) -> str:

@@ -16,10 +16,10 @@ from fusedmerge.backend.device import DeviceSwitch, Group
 from fusedmerge.backend.params import PlanRequest, PlanResult, SimOptions, SwitchParams, SwitchSegment, layout
 from fusedmerge.errors import BackendError
 
-__all__ = ["SimSwitch", "library", "library_path"]
+__all__ = ["MULTIPROCESSORS", "SHARED_BYTES", "SimSwitch", "library", "library_path"]
 
-_MULTIPROCESSORS = 4
-_SHARED_BYTES = 99 << 10  # of a block, on the smallest device that the kernels are made for
+MULTIPROCESSORS = 4
+SHARED_BYTES = 99 << 10  # of a block, on the smallest device that the kernels are made for
 
 
 def library_path() -> Path:
@@ -50,6 +50,7 @@ def _load(path: Path, _built: int) -> ctypes.CDLL:
             function.restype = ctypes.c_char_p
         lib.fm_sim_plan.argtypes = [ctypes.c_void_p] * 3
         lib.fm_sim_switch.argtypes = [*[ctypes.c_int] * 3, ctypes.c_void_p, *[ctypes.c_int] * 2, ctypes.c_void_p]
+        lib.fm_sim_kernel.argtypes = [ctypes.c_char_p, ctypes.c_void_p, *[ctypes.c_int] * 3, ctypes.c_void_p]
     except AttributeError as error:
         raise _unusable(f"{path} is no simulator of this version ({error}): run `make sim`") from error
     version, described = (function().decode() for function in stated)
@@ -75,7 +76,7 @@ class SimSwitch(DeviceSwitch):
     def __init__(self, segments: Sequence[Segment], report_non_finite: bool = False) -> None:
         self._library = library()
         self._options = SimOptions(thread_order=0, tensor_core=1, async_copies=0, resident_blocks=2, seed=1)
-        super().__init__(segments, report_non_finite, _MULTIPROCESSORS, _SHARED_BYTES)
+        super().__init__(segments, report_non_finite, MULTIPROCESSORS, SHARED_BYTES)
 
     def plan(self, request: PlanRequest, table: ctypes.Array[SwitchSegment], result: PlanResult) -> bool:
         return bool(self._library.fm_sim_plan(ctypes.byref(request), table, ctypes.byref(result)) == 0)

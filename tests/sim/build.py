@@ -19,8 +19,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SIM = Path(__file__).resolve().parent
-HOST = [ROOT / "cuda/src/plan.cpp", ROOT / "cuda/src/describe.cpp"]
-UNITS = [SIM / "interface.cpp", SIM / "simulator.cpp", SIM / "numbers.cpp", SIM / "faults.cpp", *HOST]
+HOST = [ROOT / f"cuda/src/{name}.cpp" for name in ("plan", "describe", "kernels")]
+KERNELS = [SIM / "interface.cpp", *(ROOT / f"cuda/src/kernels_{name}.cu" for name in ("linear", "sgmv"))]  # what contains kernels
+UNITS = [*KERNELS, *(SIM / f"{name}.cpp" for name in ("simulator", "warp", "numbers", "faults")), *HOST]
 PACKAGE = ROOT / "fusedmerge/__init__.py"
 FLAGS = ["-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-Wall", "-Wextra", "-U_FORTIFY_SOURCE", "-fvisibility=default"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1", "-O1"]
@@ -57,8 +58,8 @@ def compile_library(target: Path, root: Path = ROOT, extra: list[str] | None = N
         if reuse and unit.stem in reuse:
             return reuse[unit.stem]
         output = scratch.with_name(f"{scratch.name}.{unit.stem}.o")
-        command = [*compiler, *FLAGS, stated, *(extra or []), *includes, "-c", str(root / unit.relative_to(ROOT)), "-o", str(output)]
-        subprocess.run(command, check=True)
+        command = [*compiler, *FLAGS, stated, *(extra or []), *includes, "-xc++", "-c", str(root / unit.relative_to(ROOT))]
+        subprocess.run([*command, "-o", str(output)], check=True)
         return output
 
     with ThreadPoolExecutor(2) as pool:

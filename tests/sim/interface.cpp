@@ -4,6 +4,7 @@
 
 #include "describe.h"
 #include "fusedmerge/kernel/switch.cuh"
+#include "kernels.h"
 #include "plan.h"
 
 namespace {
@@ -85,6 +86,20 @@ int fm_sim_switch(int live, int source, int factor, const SwitchParams* params, 
     last_error = sim::launch(kernel.entry, params, grid, kThreads, shared_bytes, *options);
     return last_error.empty() ? 0 : 1;
 }
+
+// The same for a kernel of kernels.h.
+int fm_sim_kernel(const char* name, const void* params, int params_bytes, int grid, int shared_bytes, const sim::Options* options) {
+    const NamedKernel* kernel = find_kernel(name);
+    if (kernel == nullptr || kernel->params_bytes != params_bytes) {
+        last_error = std::string(kernel == nullptr ? "no such kernel: " : "params of another size: ") + name;
+        return 1;
+    }
+    auto entry = reinterpret_cast<sim::Entry>(const_cast<void*>(kernel->kernel));
+    last_error = sim::launch(entry, params, grid, kernel->threads, shared_bytes, *options);
+    return last_error.empty() ? 0 : 1;
+}
+
+void fm_sim_hide(void* from, long long num_bytes) { sim::hide(from, num_bytes); }
 
 const char* fm_sim_error() { return last_error.c_str(); }
 

@@ -10,7 +10,8 @@ sim:
 
 sim-sanitize: $(STAMP)
 	library=$$($(PY) tests/sim/build.py --sanitize) && LD_PRELOAD="$(SIM_SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 \
-	    FUSEDMERGE_SIM_LIB=$$library $(PY) -m pytest -s tests/test_sim_switch.py tests/test_sim_plan.py -k "not thousand"
+	    FUSEDMERGE_SIM_LIB=$$library $(PY) -m pytest -s tests/test_sim_switch.py tests/test_sim_plan.py \
+	    tests/test_sim_linear.py tests/test_linear.py tests/test_sim_sgmv.py -k "not thousand"
 
 sim-mutants: $(STAMP)
 	$(PY) tests/sim/mutants.py

@@ -1,15 +1,7 @@
-// Fibers, barriers, warp exchanges and asynchronous copies. See simulator.h.
-#include "simulator.h"
-
-#include <setjmp.h>
-#include <sys/mman.h>
-#include <ucontext.h>
-
+// Fibers, barriers and asynchronous copies. See simulator.h.
 #include <algorithm>
-#include <deque>
-#include <memory>
-#include <random>
-#include <vector>
+
+#include "machine.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -17,91 +9,18 @@
 #endif
 
 namespace fusedmerge::sim {
-namespace {
-
-constexpr int kWarp = 32;
-constexpr size_t kStackBytes = 256 << 10;
-
-enum class State { kReady, kAtBarrier, kInWarp, kDone };
-
-struct Copy {
-    void* to;
-    const void* from;
-    int size;
-    int num_bytes;
-};
-
-struct Stack {
-    void* bytes = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    Stack() = default;
-    Stack(const Stack&) = delete;
-    Stack& operator=(const Stack&) = delete;
-    ~Stack() { munmap(bytes, kStackBytes); }
-};
-
-struct Block;
-
-struct Fiber {
-    Block* block = nullptr;
-    int thread = 0;
-    State state = State::kReady;
-    bool started = false;
-    ucontext_t context;
-    jmp_buf point;
-    std::unique_ptr<Stack> stack;
-    std::vector<Copy> open_copies;
-    std::deque<std::vector<Copy>> groups;
-    void* asan_stack = nullptr;
-};
-
-// A warp-wide instruction in progress: inputs of the lanes that have arrived; the last one computes every lane's output.
-struct Warp {
-    const char* instruction = nullptr;
-    int arrived = 0;
-    const void* rows[kWarp];
-    unsigned words[kWarp][4];
-    float c[kWarp][4];
-    unsigned a[kWarp][4];
-    unsigned b[kWarp][2];
-};
-
-struct Block {
-    int index = 0;
-    int num_done = 0;
-    int num_at_barrier = 0;
-    bool vote = false;
-    bool vote_result = false;
-    std::vector<unsigned char> shared_storage;
-    unsigned char* shared = nullptr;
-    std::vector<std::unique_ptr<Fiber>> fibers;
-    std::vector<Warp> warps;
-    std::vector<int> order;
-};
-
-struct Machine {
-    Entry entry = nullptr;
-    const void* argument = nullptr;
-    int num_blocks = 0;
-    int num_threads = 0;
-    Options options{};
-    std::mt19937 random;
-    std::string error;
-    Fiber* current = nullptr;
-    ucontext_t home;
-    jmp_buf home_point;
-    const void* home_stack = nullptr;
-    size_t home_stack_bytes = 0;
-};
 
 thread_local Machine* machine = nullptr;
-thread_local std::vector<std::unique_ptr<Stack>> spare_stacks;
-
-Fiber& self() { return *machine->current; }
 
 void fail(const std::string& message) {
     if (machine->error.empty())
         machine->error = "block " + std::to_string(self().block->index) + ", thread " + std::to_string(self().thread) + ": " + message;
 }
+
+namespace {
+
+thread_local std::vector<std::unique_ptr<Stack>> spare_stacks;
+thread_local std::vector<Hidden> hidden;  // by the next launch
 
 // ---- switching between fibers: ucontext to start one; setjmp afterwards, which makes no system call (under ASan, ucontext throughout)
 
@@ -113,6 +32,8 @@ void resume(Fiber& fiber) {
     swapcontext(&machine->home, &fiber.context);
     __sanitizer_finish_switch_fiber(home_fake, nullptr, nullptr);
 }
+}  // namespace
+
 void suspend() {
     Fiber& fiber = self();
     bool done = fiber.state == State::kDone;
@@ -120,6 +41,8 @@ void suspend() {
     swapcontext(&fiber.context, &machine->home);
     __sanitizer_finish_switch_fiber(fiber.asan_stack, &machine->home_stack, &machine->home_stack_bytes);
 }
+
+namespace {
 #else
 void resume(Fiber& fiber) {
     machine->current = &fiber;
@@ -128,9 +51,14 @@ void resume(Fiber& fiber) {
     fiber.started = true;
     setcontext(&fiber.context);
 }
+
+}  // namespace
+
 void suspend() {
     if (_setjmp(self().point) == 0) _longjmp(machine->home_point, 1);
 }
+
+namespace {
 #endif
 
 void fiber_main() {
@@ -240,24 +168,6 @@ std::string describe_deadlock(const Block& block) {
            std::to_string(in_warp) + " in a warp-wide instruction (" + instruction + "), " + std::to_string(done) + " have ended";
 }
 
-// Arrives at a warp-wide instruction; the last lane runs `compute`. On return the outputs are in the warp's buffers.
-template <class Compute>
-void meet_warp(const char* instruction, Compute compute) {
-    Fiber& fiber = self();
-    Warp& warp = fiber.block->warps[fiber.thread / kWarp];
-    if (warp.arrived == 0) warp.instruction = instruction;
-    if (warp.instruction != instruction) fail(std::string("divergent warp: ") + instruction + " meets " + warp.instruction);
-    if (++warp.arrived == kWarp) {
-        warp.arrived = 0;
-        compute(warp);
-        int first = fiber.thread / kWarp * kWarp;
-        for (int lane = 0; lane < kWarp; ++lane) fiber.block->fibers[first + lane]->state = State::kReady;
-    } else {
-        fiber.state = State::kInWarp;
-        suspend();
-    }
-}
-
 void perform(const Copy& copy) {
     std::memcpy(copy.to, copy.from, copy.num_bytes);
     std::memset(static_cast<char*>(copy.to) + copy.num_bytes, 0, copy.size - copy.num_bytes);
@@ -274,6 +184,7 @@ std::string launch(Entry entry, const void* argument, int num_blocks, int num_th
     state.num_threads = num_threads;
     state.options = options;
     state.random.seed(options.seed);
+    for (Hidden& region : hidden) std::memset(region.at, 0xff, region.bytes.size());
     std::vector<std::unique_ptr<Block>> resident;
     int next_block = 0;
     while (state.error.empty()) {
@@ -289,8 +200,21 @@ std::string launch(Entry entry, const void* argument, int num_blocks, int num_th
             resident.erase(resident.begin() + static_cast<long>(pick));
         }
     }
+    grid_wait();  // for a kernel that never did
+    hidden.clear();
     machine = nullptr;
     return state.error;
+}
+
+void hide(void* from, long long num_bytes) {
+    auto* at = static_cast<unsigned char*>(from);
+    hidden.push_back({at, std::vector<unsigned char>(at, at + num_bytes)});
+}
+
+void grid_wait() {
+    if (machine->waited) return;
+    machine->waited = true;
+    for (const Hidden& region : hidden) std::memcpy(region.at, region.bytes.data(), region.bytes.size());
 }
 
 int thread_index() { return self().thread; }
@@ -357,70 +281,6 @@ void load_aligned(unsigned* words, const void* from, int num_bytes, unsigned lon
 void store_aligned(void* to, const unsigned* words, int num_bytes, unsigned long long) {
     if (reinterpret_cast<uintptr_t>(to) % num_bytes != 0) return fail("misaligned vector store");
     std::memcpy(to, words, num_bytes);
-}
-
-void load_matrices(unsigned (&words)[4], const void* shared_row) {
-    int lane = self().thread % kWarp;
-    Warp& warp = self().block->warps[self().thread / kWarp];
-    warp.rows[lane] = shared_row;
-    if (reinterpret_cast<uintptr_t>(shared_row) % 16 != 0) fail("misaligned ldmatrix row");
-    meet_warp("ldmatrix", [](Warp& w) {
-        for (int i = 0; i < 4; ++i) {
-            for (int l = 0; l < kWarp; ++l) std::memcpy(&w.words[l][i], static_cast<const char*>(w.rows[8 * i + l / 4]) + l % 4 * 4, 4);
-        }
-    });
-    std::memcpy(words, warp.words[lane], sizeof(words));
-}
-
-namespace {
-
-float widen(unsigned bits, bool bf16) { return bf16 ? bits_to_float(bits << 16) : fp16_to_float(static_cast<unsigned short>(bits)); }
-
-void survey(const float* values, bool& zero, bool& finite) {
-    zero = finite = true;
-    for (int k = 0; k < 16; ++k) {
-        zero &= values[k] == 0.0f;
-        finite &= (float_to_bits(values[k]) & 0x7f800000u) != 0x7f800000u;
-    }
-}
-
-void multiply_warp(Warp& w, bool bf16) {
-    float a[16][16];  // [row, k]
-    float b[8][16];   // [column, k]
-    for (int l = 0; l < kWarp; ++l) {
-        int g = l / 4, t = l % 4;
-        for (int i = 0; i < 8; ++i) a[g + i / 2 % 2 * 8][2 * t + i % 2 + i / 4 * 8] = widen(w.a[l][i / 2] >> (i % 2 * 16) & 0xffffu, bf16);
-        for (int i = 0; i < 4; ++i) b[g][2 * t + i % 2 + i / 2 * 8] = widen(w.b[l][i / 2] >> (i % 2 * 16) & 0xffffu, bf16);
-    }
-    bool row_zero[16], row_finite[16], column_zero[8], column_finite[8];
-    for (int i = 0; i < 16; ++i) survey(a[i], row_zero[i], row_finite[i]);
-    for (int i = 0; i < 8; ++i) survey(b[i], column_zero[i], column_finite[i]);
-    for (int l = 0; l < kWarp; ++l) {
-        for (int i = 0; i < 4; ++i) {
-            int m = l / 4 + i / 2 * 8, n = l % 4 * 2 + i % 2;
-            if ((row_zero[m] && column_finite[n]) || (column_zero[n] && row_finite[m])) continue;  // adds nothing: padding, most often
-            const float* row = a[m];
-            const float* column = b[n];
-            float& c = w.c[l][i];
-            if (machine->options.tensor_core == static_cast<int>(TensorCore::kA100)) {
-                c = dot_truncated(dot_truncated(c, row, column, 8, 1), row + 8, column + 8, 8, 1);
-            } else {
-                c = dot_truncated(c, row, column, 16, 2);
-            }
-        }
-    }
-}
-
-}  // namespace
-
-void multiply_accumulate(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2], bool bf16) {
-    int lane = self().thread % kWarp;
-    Warp& warp = self().block->warps[self().thread / kWarp];
-    std::memcpy(warp.c[lane], c, sizeof(c));
-    std::memcpy(warp.a[lane], a, sizeof(a));
-    std::memcpy(warp.b[lane], b, sizeof(b));
-    meet_warp("mma", [bf16](Warp& w) { multiply_warp(w, bf16); });
-    std::memcpy(c, warp.c[lane], sizeof(c));
 }
 
 }  // namespace fusedmerge::sim

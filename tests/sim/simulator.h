@@ -3,7 +3,7 @@
 // One fiber per CUDA thread; a fiber runs until it meets a barrier, a warp-wide instruction, an atomic or its end. Several blocks are
 // resident and take turns at random; blocks start in index order. A launch fails, with a message, on divergent barriers (threads that can
 // never meet), misaligned 16-byte accesses, and asynchronous copies that nobody waited for. Shared memory starts as NaN. Not modelled:
-// fences, memory order, cache policies, bank conflicts, timing.
+// fences, memory order, overlapping launches (but see `hide`), cache policies, bank conflicts, timing.
 #pragma once
 
 #include <cstdint>
@@ -38,12 +38,20 @@ bool block_barrier(bool value);  // true where any thread of the block brought t
 int atomic_add(int* where, int value);
 void atomic_or(int* where, int value);
 
+// The next launch finds these bytes to be NaN until a thread of it calls grid_wait: what an earlier kernel has yet to write.
+void hide(void* from, long long num_bytes);
+void grid_wait();
+
 void copy_async(void* shared, const void* global, int size, int num_bytes);
 void copy_async_commit();
 void copy_async_wait(int num_pending);
 
 void load_matrices(unsigned (&words)[4], const void* shared_row);
 void multiply_accumulate(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2], bool bf16);
+
+void warp_barrier();
+unsigned shuffle_xor(unsigned value, int mask);  // what the lane whose number differs by the mask's bits brought
+unsigned shuffle(unsigned value, int lane);      // what a lane brought
 
 void load_aligned(unsigned* words, const void* from, int num_bytes, unsigned long long policy);
 void store_aligned(void* to, const unsigned* words, int num_bytes, unsigned long long policy);

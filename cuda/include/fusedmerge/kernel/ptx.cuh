@@ -33,6 +33,15 @@ FM_DEVICE void copy_async_16(void* shared, const void* global, int num_bytes) {
            sim::copy_async(shared, global, 16, num_bytes));
 }
 
+// The same for bytes that are touched once (evict_first_policy).
+FM_DEVICE void stream_async_16(void* shared, const void* global, int num_bytes, unsigned long long policy) {
+    FM_PTX(asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(
+                            static_cast<unsigned>(__cvta_generic_to_shared(shared))),
+                        "l"(global), "r"(num_bytes), "l"(policy)
+                        : "memory"),
+           ((void)policy, sim::copy_async(shared, global, 16, num_bytes)));
+}
+
 FM_DEVICE void copy_async_commit() { FM_PTX(asm volatile("cp.async.commit_group;" ::: "memory"), sim::copy_async_commit()); }
 
 // Waits until at most `kPending` of this thread's newest groups are unfinished. Other threads see the data after a block barrier.
@@ -66,11 +75,57 @@ FM_DEVICE void multiply_accumulate(float (&c)[4], const unsigned (&a)[4], const 
            sim::multiply_accumulate(c, a, b, false));
 }
 
+// ---- lanes and launches ---------------------------------------------------------------------------------------------------------------
+
+// Warp-wide: the value of the lane whose number differs by the mask's bits.
+FM_DEVICE unsigned shuffle_xor(unsigned value, int mask) {
+    unsigned other = 0;
+    FM_PTX(asm volatile("shfl.sync.bfly.b32 %0, %1, %2, 0x1f, 0xffffffff;" : "=r"(other) : "r"(value), "r"(mask)),
+           other = sim::shuffle_xor(value, mask));
+    return other;
+}
+
+// Warp-wide: the value of a lane, which each lane names for itself.
+FM_DEVICE unsigned shuffle(unsigned value, int lane) {
+    unsigned other = 0;
+    FM_PTX(asm volatile("shfl.sync.idx.b32 %0, %1, %2, 0x1f, 0xffffffff;" : "=r"(other) : "r"(value), "r"(lane)),
+           other = sim::shuffle(value, lane));
+    return other;
+}
+
+// Programmatic launches. What the stream's earlier kernels wrote may be read, and anything be written, only after grid_wait; the next
+// kernel may start once every block of this one has called launch_dependents or ended. Without a programmatic launch both do nothing.
+FM_DEVICE void grid_wait() { FM_PTX_90(asm volatile("griddepcontrol.wait;" ::: "memory"), sim::grid_wait()); }
+FM_DEVICE void launch_dependents() { FM_PTX_90(asm volatile("griddepcontrol.launch_dependents;" ::: "memory"), (void)0); }
+
+// ---- global memory, read by many: it stays in L1 and L2 -------------------------------------------------------------------------------
+
+FM_DEVICE void load_16(unsigned* words, const void* global) {
+    FM_PTX(asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                        : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                        : "l"(global)
+                        : "memory"),
+           sim::load_aligned(words, global, 16, 0));
+}
+
+FM_DEVICE void store_16(void* global, const unsigned* words) {
+    FM_PTX(asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+                        : "memory"),
+           sim::store_aligned(global, words, 16, 0));
+}
+
 // ---- global memory, streamed: these bytes are touched once, so they leave L2 first and let the adapters stay ---------------------------
 
 FM_DEVICE unsigned long long evict_first_policy() {
     unsigned long long policy = 0;
     FM_PTX(asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy)), (void)policy);
+    return policy;
+}
+
+// For what is read again soon: it stays in L2, and is kept out of L1 alone.
+FM_DEVICE unsigned long long evict_normal_policy() {
+    unsigned long long policy = 0;
+    FM_PTX(asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy)), (void)policy);
     return policy;
 }
 

@@ -158,15 +158,6 @@ struct MmaUnit {
         return left < kChunkSlices ? left : kChunkSlices;
     }
 
-    // 8 values of a factor into shared memory; `count` of them exist.
-    FM_DEVICE void copy_piece(unsigned char* to, const Factor* from, int count, bool aligned) {
-        if (aligned) {
-            copy_async_16(to, from, count >= 8 ? 16 : count > 0 ? 2 * count : 0);
-        } else {
-            for (int i = 0; i < 8; ++i) reinterpret_cast<unsigned short*>(to)[i] = i < count ? from[i].bits : 0;
-        }
-    }
-
     // A chunk's [128, 256] of A.
     FM_DEVICE void copy_strip(int chunk) {
         const Slice* slices = memory.slices + chunk * kChunkSlices;
@@ -179,7 +170,7 @@ struct MmaUnit {
             int k = thread / 32 + i % 2 * 8;
             const Factor* a = static_cast<const Factor*>(slices[i / 2].a) + k * segment.a_row_stride;
             int count = segment.cols - piece_col;
-            copy_piece(to + (i / 2 * kRankStep + k) * kStripPitch + thread % 32 * 16, count > 0 ? a + piece_col : a, count,
+            copy_octet(to + (i / 2 * kRankStep + k) * kStripPitch + thread % 32 * 16, count > 0 ? a + piece_col : a, count,
                        (flags & kAAligned) != 0);
         }
     }
@@ -193,7 +184,7 @@ struct MmaUnit {
         for (int i = 0; i < kStepRows; i += 16) {
             int row = i + thread / 16;
             bool exists = first_row + row < unit.end_row;
-            copy_piece(ring + stage * kStageBytes + row * kStagePitch + piece * 16,
+            copy_octet(ring + stage * kStageBytes + row * kStagePitch + piece * 16,
                        exists ? b + (first_row + row) * segment.b_row_stride : b, exists ? 8 : 0, (flags & kBAligned) != 0);
         }
     }

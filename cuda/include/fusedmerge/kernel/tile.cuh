@@ -12,6 +12,9 @@ namespace fusedmerge {
 struct alignas(16) Words4 {
     unsigned words[4];
 };
+struct alignas(16) Floats4 {
+    float values[4];
+};
 
 template <class T>
 struct Octet {
@@ -62,17 +65,85 @@ FM_DEVICE void load_octet(Octet<T>& octet, const T* from, int num_cols, bool ali
     }
 }
 
+// One value of a 16-bit type.
+template <class T>
+FM_DEVICE float widen(T x) {
+    float low, high;
+    widen_pair(low, high, x.bits, T{});
+    return low;
+}
+template <class T>
+FM_DEVICE void narrow(T& to, float x) {
+    set_element(to, narrow_pair(x, 0.0f, T{}));
+}
+
+// Eight 16-bit values into shared memory; `count` of them exist, the others become zeros. Asynchronous where they are aligned.
+template <class T>
+FM_DEVICE void copy_elements(void* shared, const T* from, int count) {
+    FM_NO_UNROLL
+    for (int i = 0; i < 8; ++i) static_cast<unsigned short*>(shared)[i] = i < count ? from[i].bits : 0;
+}
+template <class T>
+FM_DEVICE void copy_octet(void* shared, const T* from, int count, bool aligned) {
+    if (aligned) {
+        copy_async_16(shared, from, count >= 8 ? 16 : count > 0 ? 2 * count : 0);
+    } else {
+        copy_elements(shared, from, count);
+    }
+}
+template <class T>
+FM_DEVICE void stream_octet(void* shared, const T* from, int count, bool aligned, unsigned long long policy) {
+    if (aligned) {
+        stream_async_16(shared, from, count >= 8 ? 16 : count > 0 ? 2 * count : 0, policy);
+    } else {
+        copy_elements(shared, from, count);
+    }
+}
+
+// 16-bit values that are read again soon, into registers. Where they are not aligned they shift in one by one, in a loop: little code.
+template <class T>
+FM_DEVICE void load_octet(Octet<T>& octet, const T* from, int num_cols, bool aligned) {
+    if (aligned && num_cols >= 8) {
+        load_16(octet.words, from);
+        return;
+    }
+    unsigned (&words)[4] = octet.words;
+    FM_UNROLL
+    for (int i = 0; i < 4; ++i) words[i] = 0;
+    FM_NO_UNROLL
+    for (int i = num_cols < 8 ? num_cols - 1 : 7; i >= 0; --i) {
+        FM_UNROLL
+        for (int w = 3; w > 0; --w) words[w] = words[w] << 16 | words[w - 1] >> 16;
+        words[0] = words[0] << 16 | from[i].bits;
+    }
+}
+
+template <class T>
+FM_DEVICE void store_elements(T* to, const Octet<T>& octet, int num_cols) {
+    constexpr int kPerWord = Octet<T>::kPerWord;
+    FM_UNROLL
+    for (int i = 0; i < 8; ++i) {
+        if (i < num_cols) set_element(to[i], octet.words[i / kPerWord] >> (i % kPerWord * (32 / kPerWord)));
+    }
+}
+
 template <class T>
 FM_DEVICE void store_octet(T* to, const Octet<T>& octet, int num_cols, bool aligned, unsigned long long policy) {
-    constexpr int kPerWord = Octet<T>::kPerWord;
     if (aligned && num_cols >= 8) {
         FM_UNROLL
         for (int i = 0; i < octet.kWords; i += 4) stream_store_16(reinterpret_cast<char*>(to) + 4 * i, octet.words + i, policy);
     } else {
-        FM_UNROLL
-        for (int i = 0; i < 8; ++i) {
-            if (i < num_cols) set_element(to[i], octet.words[i / kPerWord] >> (i % kPerWord * (32 / kPerWord)));
-        }
+        store_elements(to, octet, num_cols);
+    }
+}
+
+// 16-bit values that are read again soon, from registers.
+template <class T>
+FM_DEVICE void store_octet(T* to, const Octet<T>& octet, int num_cols, bool aligned) {
+    if (aligned && num_cols >= 8) {
+        store_16(to, octet.words);
+    } else {
+        store_elements(to, octet, num_cols);
     }
 }
 

@@ -1,0 +1,102 @@
+// The dot products of sixteen rows with every token of a small batch: what shrink and GEMV share.
+//
+//   rows    [16, in]           W's or A's; the A operand of m16n8k16
+//   tokens  [8 or 16, in]      x; the B operand, one or two tiles of eight tokens. So a token's arithmetic is the same in every batch
+//
+// A warp's chunk is 32 columns. Lane (g, t) holds columns 8t..8t+7 of rows g and g + 8 and of token g: 16 bytes each, which feed two mma,
+// because rows and tokens permute the columns alike. A block's warps take chunks w, w + 8, ...; each warp adds in two chains (one for each
+// mma of a chunk), so that no chain is longer than in / 16. The warps' sums are added in float32 in a fixed tree.
+#pragma once
+
+#include "linear_params.cuh"
+#include "route.cuh"
+
+namespace fusedmerge {
+
+constexpr int kChunkCols = 32;
+constexpr int kStepCols = kWarps * kChunkCols;  // columns of a block's step
+
+// The sums of a block's warps, in shared memory.
+template <int kTokenTiles>
+struct Partials {
+    float sums[kWarps][kTileRows][8 * kTokenTiles];
+
+    FM_DEVICE float total(int row, int token) const {
+        float all[8];
+        FM_UNROLL
+        for (int w = 0; w < kWarps; ++w) all[w] = sums[w][row][token];
+        return sum_eight(all);
+    }
+};
+
+template <class T, int kTokenTiles>
+struct Products {
+    float acc[2][kTokenTiles][4];  // [mma of a chunk][tile of tokens][fragment]
+
+    FM_DEVICE void clear() {
+        FM_UNROLL
+        for (int i = 0; i < 8 * kTokenTiles; ++i) acc[i / 4 % 2][i / 8][i % 4] = 0.0f;
+    }
+
+    // A chunk: the lane's octets of rows g and g + 8, and of its tokens.
+    FM_DEVICE void add_chunk(const Words4 (&rows)[2], const Words4 (&tokens)[kTokenTiles]) {
+        FM_UNROLL
+        for (int i = 0; i < 2; ++i) {
+            const unsigned a[4] = {rows[0].words[2 * i], rows[1].words[2 * i], rows[0].words[2 * i + 1], rows[1].words[2 * i + 1]};
+            FM_UNROLL
+            for (int n = 0; n < kTokenTiles; ++n) {
+                const unsigned b[2] = {tokens[n].words[2 * i], tokens[n].words[2 * i + 1]};
+                multiply_accumulate(acc[i][n], a, b, T{});
+            }
+        }
+    }
+
+    // Leaves the sums of all warps in `partials`.
+    FM_DEVICE void share(Partials<kTokenTiles>& partials) const {
+        int lane = thread_index() % kWarpLanes;
+        block_barrier();  // the last tile's have been used
+        FM_UNROLL
+        for (int i = 0; i < 4 * kTokenTiles; ++i) {
+            float& sum = partials.sums[thread_index() / kWarpLanes][lane / 4 + i / 2 % 2 * 8][i / 4 * 8 + lane % 4 * 2 + i % 2];
+            sum = add(acc[0][i / 4][i % 4], acc[1][i / 4][i % 4]);
+        }
+        block_barrier();  // all warps' are visible
+    }
+};
+
+// What each token takes, in shared memory; tokens from T on take nothing.
+template <int kTokenTiles>
+struct Routing {
+    int ids[8 * kTokenTiles][kMaxSlots];  // -1: empty
+    float gates[8 * kTokenTiles][kMaxSlots];
+
+    // Block-wide; false: no slot is used. Where there is a router, the prologue's logits tell.
+    FM_DEVICE bool find(const LinearParams& params) { return params.router != nullptr ? choose_all(params) : read(params); }
+
+    // An id outside [-1, N) becomes a gate of NaN: nothing out of bounds is read, and the token's y tells.
+    FM_DEVICE bool read(const LinearParams& params) {
+        bool used = false;
+        for (int i = thread_index(); i < 8 * kTokenTiles * params.num_slots; i += kThreads) {
+            int id = i < params.tokens * params.num_slots ? params.ids[i] : -1;
+            bool valid = id >= -1 && id < params.num_adapters;
+            ids[i / params.num_slots][i % params.num_slots] = valid ? id : 0;
+            gates[i / params.num_slots][i % params.num_slots] = !valid ? bits_to_float(0x7fffffffu) : id >= 0 ? params.gates[i] : 0.0f;
+            used |= id != -1;
+        }
+        return block_any(used);
+    }
+
+    FM_DEVICE bool choose_all(const LinearParams& params) {
+        int lane = thread_index() % kWarpLanes;
+        for (int token = thread_index() / kWarpLanes; token < 8 * kTokenTiles; token += kWarps) {
+            const float* logits = params.logits + token * params.num_adapters;
+            Slot slot = choose(logits, token < params.tokens ? params.num_adapters : 0, params.num_slots, params.normalize != 0);
+            ids[token][lane] = slot.id;
+            gates[token][lane] = slot.gate;
+        }
+        block_barrier();  // every token's are visible
+        return true;
+    }
+};
+
+}  // namespace fusedmerge

@@ -1,0 +1,43 @@
+// SGMV: each token's own mixture of adapters beside a linear, for many tokens, without merging.
+//
+//   y[t] += sum over the experts e of token t of gate[t, e] scaling[e] B[e] (A[e] x[t])               one rounding; in float32: everything
+//   else
+//
+//   |            | shape           | dtype       | bytes moved                                                                       |
+//   | x          | [T, in]         | bf16, fp16  | read once from HBM, k times from L2; targets of a launch share it                |
+//   | a          | [N, r, in]      | x's         | experts in use once from HBM, once for each 128 of an expert's pairs from L2     |
+//   | z          | [T k, r]        | float32     | written once; read once for each 256 columns of y, from L2                       |
+//   | b          | [N, out, r]     | x's         | experts in use once from HBM, once for each tile of tokens that has them from L2 |
+//   | y          | [T, out]        | x's         | read and written once; may be a column range of packed qkv                        |
+//
+// Grids: group.cuh's four launches once for a forward; then two or three for each set of linears that share x. Any grid does: blocks walk
+// units.
+//
+//   group (group.cuh)   ids, gates -> pairs by expert, tiles of tokens
+//   shrink              z = A x, a warp for 16 pairs of one expert and 64 ranks
+//   sum                 few pairs alone: z in parts -> z
+//   expand              y += B z, a block for a tile of tokens and 256 columns, all experts of the tile inside
+//
+// An element's arithmetic depends on its token's own experts alone, in ascending order. After Punica's SGMV (arXiv 2310.18547), with
+// several gated experts for a token, and LoRA-Switch's mixtures (arXiv 2405.17741).
+#pragma once
+
+#include "group.cuh"
+#include "sgmv_expand.cuh"
+#include "sgmv_shrink.cuh"
+
+namespace fusedmerge {
+
+template <class Number>
+FM_KERNEL(kThreads)
+sgmv_shrink_kernel(const SgmvParams params) {
+    run_sgmv_shrink<Number>(params);
+}
+
+template <class Number>
+FM_KERNEL_OF(kThreads, kExpandBlocks)
+sgmv_expand_kernel(const SgmvParams params) {
+    run_sgmv_expand<Number>(params);
+}
+
+}  // namespace fusedmerge

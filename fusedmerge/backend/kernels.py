@@ -1,0 +1,146 @@
+"""Launches of named kernels, each with one plain struct as its argument: on the simulator, compiled here (jit), and ahead of time (aot).
+
+    kernel, params, grid, shared bytes -> the current stream of torch's current device
+
+A programmatic launch may start before the stream's last kernel has ended; the kernel waits for it inside. It is a plain launch for code
+that was compiled for a compute capability below 9.0, in the simulator, and where the extension was built without nvcc.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fusedmerge.backend.compiler import ENTRY, Kernel, compiled
+from fusedmerge.backend.cuda import load_extension
+from fusedmerge.backend.params import SimOptions
+from fusedmerge.backend.sim import MULTIPROCESSORS, SHARED_BYTES, library
+from fusedmerge.errors import BackendError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["AotLauncher", "JitLauncher", "Launcher", "SimLauncher", "launcher"]
+
+
+def launcher(backend: str, device: torch.device) -> Launcher:
+    """What launches kernels on `device` by a backend that `choose` named: "sim", "jit" or "aot"."""
+    if backend == "sim":
+        return SimLauncher()
+    return _on_gpu(backend, _ordinal(device))
+
+
+def _ordinal(device: torch.device) -> int:
+    import torch
+
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+@functools.cache
+def _on_gpu(backend: str, ordinal: int) -> Launcher:
+    return {"jit": JitLauncher, "aot": AotLauncher}[backend](ordinal)
+
+
+class Launcher(ABC):
+    """One device's launches."""
+
+    num_multiprocessors: int
+    shared_bytes_limit: int  # of a block
+
+    @abstractmethod
+    def launch(self, kernel: Kernel, params: ctypes.Structure, grid: int, shared_bytes: int, programmatic: bool = False) -> None:
+        """Launch. What `params` points to must live until the kernel has ended, which torch's allocator sees to. Raises BackendError."""
+
+
+class SimLauncher(Launcher):
+    """The host simulator, with CPU tensors. Returns when the kernel has ended."""
+
+    num_multiprocessors = MULTIPROCESSORS
+    shared_bytes_limit = SHARED_BYTES
+
+    def __init__(self, options: SimOptions | None = None) -> None:
+        self._options = options or SimOptions(thread_order=0, tensor_core=1, async_copies=0, resident_blocks=2, seed=1)
+
+    def launch(self, kernel: Kernel, params: ctypes.Structure, grid: int, shared_bytes: int, programmatic: bool = False) -> None:
+        lib = library()
+        argument = ctypes.byref(params), ctypes.sizeof(params)
+        if lib.fm_sim_kernel(kernel.name.encode(), *argument, grid, shared_bytes, ctypes.byref(self._options)):
+            raise BackendError(kernel.name, "simulator", "a launch without faults", lib.fm_sim_error().decode())
+
+
+class AotLauncher(Launcher):
+    """Kernels that were compiled into the extension."""
+
+    def __init__(self, ordinal: int) -> None:
+        self._ordinal = ordinal
+        self._ready: set[str] = set()
+        self.num_multiprocessors, self.shared_bytes_limit = load_extension().query_device(ordinal)
+
+    def launch(self, kernel: Kernel, params: ctypes.Structure, grid: int, shared_bytes: int, programmatic: bool = False) -> None:
+        import torch
+
+        extension, argument = load_extension(), (ctypes.addressof(params), ctypes.sizeof(params))
+        with torch.cuda.device(self._ordinal):
+            stream = torch.cuda.current_stream().cuda_stream
+            try:
+                if kernel.name not in self._ready:
+                    extension.prepare_kernel(kernel.name)
+                    self._ready.add(kernel.name)
+                extension.launch_kernel(kernel.name, grid, shared_bytes, programmatic, *argument, stream)
+            except RuntimeError as error:
+                raise BackendError(kernel.name, 'backend "aot"', "a launch", error) from error
+
+
+class JitLauncher(Launcher):
+    """Kernels that CuPy compiles here, for this GPU."""
+
+    def __init__(self, ordinal: int) -> None:
+        import cupy
+
+        device = cupy.cuda.Device(ordinal)
+        self._ordinal = ordinal
+        self._capability = divmod(int(device.compute_capability), 10)
+        self._functions: dict[Kernel, Any] = {}
+        self.num_multiprocessors = device.attributes["MultiProcessorCount"]
+        self.shared_bytes_limit = device.attributes["MaxSharedMemoryPerBlockOptin"]
+
+    def launch(self, kernel: Kernel, params: ctypes.Structure, grid: int, shared_bytes: int, programmatic: bool = False) -> None:
+        import torch
+
+        with torch.cuda.device(self._ordinal):
+            function = self._function(kernel)
+            stream = torch.cuda.current_stream().cuda_stream
+            if programmatic and load_extension().has_cuda():  # CuPy's own launch takes no launch attributes
+                size = grid, kernel.threads, shared_bytes
+                self._call(kernel, load_extension().launch_function, function.kernel.ptr, *size, True, ctypes.addressof(params), stream)
+            else:
+                self._call(kernel, self._launch_plain, function, params, (grid, kernel.threads, shared_bytes), stream)
+
+    def _function(self, kernel: Kernel) -> Any:
+        if kernel not in self._functions:
+            import cupy
+
+            function = cupy.RawModule(path=str(compiled(kernel, self._capability))).get_function(ENTRY)
+            function.max_dynamic_shared_size_bytes = self.shared_bytes_limit
+            self._functions[kernel] = function
+        return self._functions[kernel]
+
+    def _launch_plain(self, _name: str, function: Any, params: ctypes.Structure, size: tuple[int, int, int], stream: int) -> None:
+        import cupy
+
+        grid, threads, shared_bytes = size
+        argument = np.frombuffer(bytes(params), dtype=np.dtype((np.void, ctypes.sizeof(params))))  # CuPy passes its bytes by value
+        with cupy.cuda.ExternalStream(stream, self._ordinal):
+            function((grid,), (threads,), (argument,), shared_mem=shared_bytes)
+
+    def _call(self, kernel: Kernel, function: Any, *arguments: Any) -> None:
+        from cupy.cuda.driver import CUDADriverError
+
+        try:
+            function(kernel.name, *arguments)
+        except (RuntimeError, CUDADriverError) as error:
+            raise BackendError(kernel.name, 'backend "jit"', "a launch", error) from error

@@ -1,0 +1,223 @@
+"""What a mixture costs, merged or applied beside the backbone: bytes, operations, launches, and the seconds they take on a device.
+
+A switch moves every adapted weight (LoRA-Switch, arXiv 2405.17741, section 3); fused application moves only the chosen experts' factors,
+but again for each token. So merging pays for a mixture that lives long enough, and `crossover` says how long that is.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from fusedmerge.errors import InvalidTypeError, InvalidValueError, UnknownNameError
+from fusedmerge.weights import Weights, collect
+
+if TYPE_CHECKING:
+    import torch
+
+    from fusedmerge.bank import AdapterBank
+
+__all__ = ["Crossover", "Rates", "TargetSize", "Work", "crossover", "fused_work", "measure_rates", "switch_work", "target_sizes"]
+
+
+class TargetSize(NamedTuple):
+    """One adapted weight and its adapters, as a bank holds them."""
+
+    rows: int
+    cols: int
+    rank: int  # as stored: the largest on this target, padded
+    weight_itemsize: int  # bytes of a weight's element
+    factor_itemsize: int  # bytes of a factor's element
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does. Measured by `measure_rates`, or given."""
+
+    bytes_per_second: float  # of a copy: bytes read + bytes written
+    flops_per_second: float  # of a matrix product
+    launch_seconds: float  # what one more launch costs (on the CPU: one more call of lora_linear)
+
+    def __post_init__(self) -> None:
+        for field, least in (("bytes_per_second", 1.0), ("flops_per_second", 1.0), ("launch_seconds", 0.0)):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise InvalidTypeError("Rates", field, "a number", type(value).__name__)
+            if not math.isfinite(value) or value < least:
+                raise InvalidValueError("Rates", field, f"a finite number of at least {least:g}", value)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Memory traffic, arithmetic and launches."""
+
+    nbytes: float
+    flops: float
+    launches: int
+
+    def seconds(self, rates: Rates) -> float:
+        """Traffic and arithmetic overlap, launches do not: max(bytes / rate, flops / rate) + launches * launch."""
+        return max(self.nbytes / rates.bytes_per_second, self.flops / rates.flops_per_second) + self.launches * rates.launch_seconds
+
+
+@dataclass(frozen=True, repr=False)
+class Crossover:
+    """Where merging and fused application cost the same."""
+
+    tokens: float  # decode steps for which a mixture must live
+    switch_seconds: float
+    fused_extra_seconds_per_token: float  # over the backbone's own step
+    switch: Work
+    fused_extra: Work
+    rates: Rates
+
+    def __repr__(self) -> str:
+        return (
+            f"Crossover(merge where a mixture lives for more than {self.tokens:.1f} tokens: "
+            f"switch {self.switch_seconds * 1e3:.3g} ms ({self.switch.nbytes / 1e9:.3g} GB), "
+            f"fused +{self.fused_extra_seconds_per_token * 1e3:.3g} ms a token ({self.fused_extra.nbytes / 1e9:.3g} GB), "
+            f"copy {self.rates.bytes_per_second / 1e9:.4g} GB/s)"
+        )
+
+
+def crossover(weights: Weights, bank: AdapterBank, k: int, *, mode: str = "exact", rates: Rates | None = None) -> Crossover:
+    """From how many tokens per mixture on merging is cheaper than fused application, in decoding at batch 1.
+
+    weights: the model (or its tensors by name) that `bank` adapts; k: experts in a mixture; mode: the Switcher's. rates: what the device
+    does; by default measured, once in a process, in about a second. A batch whose tokens share one mixture counts as one token a step.
+
+    Raises UnknownNameError for targets that the model lacks; InvalidValueError for k outside [1, N] or another mode.
+    """
+    sizes = target_sizes(weights, bank)
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise InvalidTypeError("crossover", "k", "an int", type(k).__name__)
+    if not 1 <= k <= len(bank):
+        raise InvalidValueError("crossover", "k", f"1 to {len(bank)} (the bank's adapters)", k)
+    device = bank.target(bank.targets[0]).a.device
+    rates = rates or measure_rates(device)
+    switch = switch_work(sizes, k, mode)
+    fused = fused_work(sizes, k, len(bank), second_pass=device.type == "cpu")
+    switch_seconds, extra = switch.seconds(rates), fused.seconds(rates)
+    return Crossover(switch_seconds / extra, switch_seconds, extra, switch, fused, rates)
+
+
+def target_sizes(weights: Weights, bank: AdapterBank) -> list[TargetSize]:
+    """The sizes of a bank's targets. Raises UnknownNameError for targets that the model lacks."""
+    found = collect(weights, "crossover")
+    sizes = []
+    for name in bank.targets:
+        if name not in found:
+            raise UnknownNameError("crossover", "targets", "weights that the model has", f"no {name}")
+        target = bank.target(name)
+        sizes.append(TargetSize(*target.spec.shape, target.a.shape[1], found[name].tensor.element_size(), target.a.element_size()))
+    return sizes
+
+
+def switch_work(targets: Iterable[TargetSize], k: int, mode: str = "exact") -> Work:
+    """One switch to a mixture of k experts: every weight is read (from the base, if exact) and written, the experts' factors are read.
+
+    In place, the last mixture's k experts are read again, to be subtracted.
+    """
+    if mode not in ("exact", "inplace"):
+        raise InvalidValueError("switch_work", "mode", '"exact" or "inplace"', repr(mode))
+    experts, nbytes, flops = k if mode == "exact" else 2 * k, 0, 0
+    for target in targets:
+        elements = target.rows * target.cols
+        nbytes += 2 * elements * target.weight_itemsize + experts * _factor_bytes(target)
+        flops += 2 * elements * target.rank * experts
+    return Work(nbytes, flops, 1)
+
+
+def fused_work(targets: Sequence[TargetSize], k: int, num_adapters: int, tokens: int = 1, *, second_pass: bool = False) -> Work:
+    """What one decode step of `tokens` tokens costs beyond the backbone's: the chosen experts' factors, and one launch a target for A x.
+
+    Tokens that route at random choose num_adapters (1 - (1 - k / num_adapters)^tokens) experts between them. second_pass: 16-bit weights
+    are read twice, as `lora_linear` does on the CPU.
+    """
+    experts = num_adapters * (1 - (1 - k / num_adapters) ** tokens)
+    nbytes = sum(experts * _factor_bytes(target) for target in targets)
+    if second_pass:
+        nbytes += sum(t.rows * t.cols * t.weight_itemsize for t in targets if t.weight_itemsize == 2)
+    flops = sum(2 * tokens * k * target.rank * (target.rows + target.cols) for target in targets)
+    return Work(nbytes, flops, len(targets))
+
+
+def _factor_bytes(target: TargetSize) -> int:
+    """Of one adapter on one target."""
+    return target.rank * (target.rows + target.cols) * target.factor_itemsize
+
+
+# ---------------------------------------------------------------------- calibration
+
+
+def measure_rates(device: torch.device | str) -> Rates:
+    """A device's rates, measured once in a process (again after torch.set_num_threads): a copy, a matrix product, a launch."""
+    import torch
+
+    return _measure(str(torch.device(device)), torch.get_num_threads())
+
+
+@functools.cache
+def _measure(device: str, _threads: int) -> Rates:
+    import torch
+
+    on_cpu = torch.device(device).type == "cpu"
+    nbytes, side = (64 << 20, 1024) if on_cpu else (512 << 20, 4096)
+    source = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    matrix = torch.ones(side, side, dtype=torch.float32 if on_cpu else torch.bfloat16, device=device)
+    product = torch.empty_like(matrix)
+    with torch.no_grad():
+        copy = _seconds(lambda: target.copy_(source), device)
+        multiply = _seconds(lambda: torch.mm(matrix, matrix, out=product), device)
+        launch = _call_seconds(device) if on_cpu else _launch_seconds(device)
+    return Rates(2 * nbytes / copy, 2 * side**3 / multiply, launch)
+
+
+def _seconds(run: Callable[[], object], device: str, repeats: int = 1, trials: int = 5) -> float:
+    """The least time of `run`."""
+    import torch
+
+    def wait() -> None:
+        if torch.device(device).type == "cuda":
+            torch.cuda.synchronize(device)
+
+    best = math.inf
+    run()
+    for _ in range(trials):
+        wait()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            run()
+        wait()
+        best = min(best, (time.perf_counter() - start) / repeats)
+    return best
+
+
+def _call_seconds(device: str) -> float:
+    """What a call of lora_linear with nothing to compute takes longer than the linear alone."""
+    import torch
+
+    from fusedmerge.ops import lora_linear
+
+    x, a = torch.ones(1, 16, device=device), torch.ones(2, 1, 16, device=device)
+    weight, b = torch.ones(16, 16, device=device), torch.ones(2, 16, 1, device=device)
+    ids, gates = torch.tensor([[0, 1]], dtype=torch.int32, device=device), torch.ones(1, 2, device=device)
+    whole = _seconds(lambda: lora_linear(x, weight, a, b, ids, gates), device, repeats=50)
+    return max(0.0, whole - _seconds(lambda: torch.nn.functional.linear(x, weight), device, repeats=50))
+
+
+def _launch_seconds(device: str) -> float:
+    """One small kernel's share of a CUDA graph of many."""
+    import torch
+
+    number, launches = torch.zeros(1, device=device), 200
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device), torch.cuda.graph(graph):
+        for _ in range(launches):
+            number.add_(1)
+    return _seconds(graph.replay, device) / launches

@@ -1,0 +1,120 @@
+"""What the tests of fused application share: random problems, float64 truth, and the bounds of docs/kernels/lora_linear.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from fusedmerge.backend.linear import Known, Target
+
+FRACTION_BITS = {torch.bfloat16: 7, torch.float16: 10}
+SMALLEST_EXPONENT = {torch.bfloat16: -126, torch.float16: -14}
+SLACK = 2.0**-16  # of the sum of the terms' sizes
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Tokens and their slots, and the matrices that they pass through."""
+
+    x: torch.Tensor  # [T, in]
+    targets: list[Target]
+    ids: torch.Tensor  # int32 [T, k]
+    gates: torch.Tensor  # float32 [T, k]
+
+    @property
+    def known(self) -> Known:
+        return Known(self.ids, self.gates)
+
+    def tokens(self, chosen: list[int]) -> Problem:
+        """The same for some of the tokens, in another order."""
+        targets = [replace(t, residual=None if t.residual is None else t.residual[chosen].contiguous()) for t in self.targets]
+        return Problem(self.x[chosen].contiguous(), targets, self.ids[chosen].contiguous(), self.gates[chosen].contiguous())
+
+
+def make(
+    num_tokens: int,
+    cols: int,
+    *,
+    rows: tuple[int, ...] = (35,),
+    ranks: tuple[int, ...] = (16,),
+    adapters: int = 5,
+    k: int = 2,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    extras: bool = True,
+    positive: bool = False,
+) -> Problem:
+    """Signed normal data, deltas as large as what they are added to; some slots are empty. extras: scaling, bias, residual."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, size: float = 1.0) -> torch.Tensor:
+        made = torch.randn(*shape, generator=generator, device="cpu") * size
+        return (made.abs() if positive else made).to(torch.get_default_device(), dtype)
+
+    def target(out: int, rank: int) -> Target:
+        a, b = normal(adapters, rank, cols, size=cols**-0.5), normal(adapters, out, rank, size=rank**-0.5)
+        scaling = (torch.rand(adapters, generator=generator, device="cpu") + 0.5).to(a.device)
+        more = {"scaling": scaling, "bias": normal(out), "residual": normal(num_tokens, out)} if extras else {}
+        return Target(normal(out, cols, size=cols**-0.5), a, b, **more)
+
+    ids = torch.randint(-1, adapters, (num_tokens, k), generator=generator, device="cpu", dtype=torch.int32)
+    gates = torch.randn(num_tokens, k, generator=generator, device="cpu")
+    targets = [target(out, rank) for out, rank in zip(rows, ranks * len(rows), strict=False)]
+    return Problem(normal(num_tokens, cols), targets, ids.to(targets[0].weight.device), gates.to(targets[0].weight.device))
+
+
+def wide(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().cpu().double().numpy()
+
+
+def truth(x: torch.Tensor, target: Target, known: Known | None) -> tuple[np.ndarray, np.ndarray]:
+    """(y, S): the exact sum in float64, and the sum of its terms' sizes."""
+    tokens, weight = wide(x), wide(target.weight)
+    exact, size = tokens @ weight.T, np.abs(tokens) @ np.abs(weight).T
+    for more in (target.bias, target.residual):
+        if more is not None:
+            exact, size = exact + wide(more), size + np.abs(wide(more))
+    if known is None or target.a is None or target.b is None:
+        return exact, size
+    for t, (ids, gates) in enumerate(zip(known.ids.tolist(), known.gates.tolist(), strict=True)):
+        for n, gate in zip(ids, gates, strict=True):
+            if n >= 0:
+                c = gate * (1.0 if target.scaling is None else float(target.scaling[n]))
+                a, b = wide(target.a[n]), wide(target.b[n])
+                exact[t] += c * (b @ (a @ tokens[t]))
+                size[t] += abs(c) * (np.abs(b) @ (np.abs(a) @ np.abs(tokens[t])))
+    return exact, size
+
+
+def ulp(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    exponent = np.frexp(np.abs(values))[1] - 1
+    return 2.0 ** (np.maximum(exponent, SMALLEST_EXPONENT[dtype]) - FRACTION_BITS[dtype])
+
+
+def check(y: torch.Tensor, x: torch.Tensor, target: Target, known: Known | None) -> None:
+    """Every y is within half an ulp and SLACK of its terms' sizes."""
+    exact, size = truth(x, target, known)
+    got = wide(y)
+    assert got.shape == exact.shape
+    assert np.isfinite(got).all(), "not every y was written, or something was read that was not"
+    error = np.abs(got - exact) - 0.5 * ulp(np.maximum(np.abs(exact), np.abs(got)), y.dtype)
+    assert (error <= SLACK * size).all(), float((error / size).max() / SLACK)
+
+
+def bits(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().cpu().contiguous().view(torch.int16).numpy()
+
+
+def poison(monkeypatch) -> None:
+    """Results and workspace start as NaN, ids as -7."""
+    from fusedmerge.backend import linear
+
+    empty = linear._empty
+
+    def poisoned(*shape, **kwargs):
+        made = empty(*shape, **kwargs)
+        return made.fill_(float("nan") if made.is_floating_point() else -7)
+
+    monkeypatch.setattr(linear, "_empty", poisoned)

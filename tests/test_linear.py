@@ -1,0 +1,250 @@
+"""Fused application on every backend that runs the kernels, against float64: router, prologue, GEMV."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from fusedmerge import backend
+from fusedmerge.backend import linear
+from fusedmerge.backend.linear import Known, Norm, Router, Silu
+from tests import linear_kit as kit
+
+DTYPES = [torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=["sim", pytest.param("jit", marks=pytest.mark.gpu), pytest.param("aot", marks=pytest.mark.gpu)])
+def where(request, monkeypatch):
+    """A backend's name; results and workspace are poisoned."""
+    kit.poison(monkeypatch)
+    if request.param == "sim":
+        monkeypatch.setenv("FUSEDMERGE_SIM_LIB", request.getfixturevalue("sim_library"))
+    else:
+        assert backend.backends()[request.param], backend.backends()[request.param].reason
+        torch.set_default_device("cuda")
+        request.addfinalizer(lambda: torch.set_default_device(None))
+    return request.param
+
+
+def apply(where, problem, source=None):
+    return linear.decode_group(where, problem.x, problem.targets, problem.known, source)
+
+
+# ---- values ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("num_tokens", "cols", "rows", "rank"),
+    [(1, 1, 1, 1), (1, 64, 16, 16), (3, 67, 35, 7), (8, 256, 40, 4), (9, 300, 17, 33), (16, 520, 33, 16), (2, 2056, 20, 64)],
+)
+def test_shapes(where, dtype, num_tokens, cols, rows, rank):
+    problem = kit.make(num_tokens, cols, rows=(rows,), ranks=(rank,), dtype=dtype)
+    kit.check(apply(where, problem).ys[0], problem.x, problem.targets[0], problem.known)
+
+
+def test_rank_512_and_many_slots(where):
+    problem = kit.make(2, 40, rows=(19,), ranks=(512,), adapters=40, k=32)
+    kit.check(apply(where, problem).ys[0], problem.x, problem.targets[0], problem.known)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_long_rows_of_one_sign(where, dtype):
+    """What a tensor core loses by truncation adds up: one chain over 16,384 columns would be beyond the bound."""
+    problem = kit.make(2, 16384, rows=(16,), ranks=(16,), dtype=dtype, positive=True)
+    kit.check(apply(where, problem).ys[0], problem.x, problem.targets[0], problem.known)
+
+
+def test_several_targets_of_which_one_has_no_adapters(where):
+    problem = kit.make(5, 130, rows=(48, 7, 16), ranks=(16, 5, 40))
+    bare = replace(problem.targets[1], a=None, b=None, scaling=None)
+    problem.targets[1] = bare
+    for y, target in zip(apply(where, problem).ys, problem.targets, strict=True):
+        kit.check(y, problem.x, target, problem.known)
+    alone = linear.decode_group(where, problem.x, [bare], None).ys[0]
+    kit.check(alone, problem.x, bare, None)
+
+
+def test_without_scaling_bias_and_residual(where):
+    problem = kit.make(2, 70, extras=False)
+    target = problem.targets[0]
+    y = linear.decode_linear(where, problem.x, target.weight, target.a, target.b, problem.ids, problem.gates)
+    kit.check(y, problem.x, target, problem.known)
+
+
+def test_no_tokens_no_rows_no_slots(where):
+    problem = kit.make(2, 40)
+    assert apply(where, problem.tokens([])).ys[0].shape == (0, 35)
+    target = replace(problem.targets[0], weight=problem.targets[0].weight[:0], a=None, b=None, bias=None, residual=None)
+    assert linear.decode_group(where, problem.x, [target]).ys[0].shape == (2, 0)
+    slotless = Known(problem.ids[:, :0], problem.gates[:, :0])
+    kit.check(linear.decode_group(where, problem.x, problem.targets, slotless).ys[0], problem.x, problem.targets[0], slotless)
+
+
+# ---- whose adapters -----------------------------------------------------------------------------------------------
+
+
+def test_a_token_without_adapters_has_the_backbone_s_bits(where):
+    problem = kit.make(4, 90, adapters=3)
+    problem.ids[1] = -1
+    plain = linear.decode_group(where, problem.x, problem.targets).ys[0]
+    mixed = apply(where, problem).ys[0]
+    assert np.array_equal(kit.bits(mixed[1]), kit.bits(plain[1])) and not np.array_equal(kit.bits(mixed), kit.bits(plain))
+    problem.ids.fill_(-1)
+    unread = replace(problem.targets[0], a=problem.targets[0].a * torch.nan, b=problem.targets[0].b * torch.nan)
+    empty = linear.decode_group(where, problem.x, [unread], problem.known).ys[0]
+    assert np.array_equal(kit.bits(empty), kit.bits(plain))
+
+
+@pytest.mark.parametrize("ids", [[[2, 2]] * 9, [[0, 1], [2, 3], [4, 0]] * 3, [[-1, 3]] * 9])
+def test_popularity(where, ids):
+    problem = kit.make(9, 80, ranks=(20,))
+    problem = replace(problem, ids=torch.tensor(ids, dtype=torch.int32))
+    kit.check(apply(where, problem).ys[0], problem.x, problem.targets[0], problem.known)
+
+
+@pytest.mark.parametrize("bad", [5, -2, 2**31 - 1])
+def test_an_id_out_of_range_makes_its_token_nan_and_no_other(where, bad):
+    problem = kit.make(3, 64)
+    problem.ids[1, 0] = bad
+    y = apply(where, problem).ys[0]
+    assert torch.isnan(y[1]).all()
+    rest = problem.tokens([0, 2])
+    assert np.array_equal(kit.bits(y[[0, 2]]), kit.bits(apply(where, rest).ys[0]))
+
+
+# ---- bits ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cols", [264, 2300])
+def test_a_token_s_bits_do_not_depend_on_the_batch(where, cols):
+    problem = kit.make(16, cols, rows=(20, 9), ranks=(16, 5))
+    whole = apply(where, problem).ys
+    for chosen in ([3], [15, 0, 7], [8, 1, 2, 3, 4, 5, 6, 7], [9, 9, 8, 1, 0, 14, 13, 2, 5]):
+        part = apply(where, problem.tokens(chosen)).ys
+        assert all(np.array_equal(kit.bits(y), kit.bits(all_of_it[chosen])) for y, all_of_it in zip(part, whole, strict=True))
+
+
+def test_unaligned_rows_have_the_bits_of_aligned_ones(where):
+    def shifted(tensor):
+        """The same values, one element into a wider row."""
+        moved = torch.zeros(*tensor.shape[:-1], tensor.shape[-1] + 3, dtype=tensor.dtype)[..., 1 : tensor.shape[-1] + 1]
+        return moved.copy_(tensor)
+
+    problem = kit.make(9, 328, ranks=(24,))
+    target = problem.targets[0]
+    moved = replace(target, weight=shifted(target.weight), a=shifted(target.a), b=shifted(target.b), residual=shifted(target.residual))
+    expected = apply(where, problem).ys[0]
+    for x in (problem.x, shifted(problem.x)):
+        got = apply(where, replace(problem, x=x, targets=[moved])).ys[0]
+        assert np.array_equal(kit.bits(got), kit.bits(expected))
+
+
+# ---- x that the prologue makes ------------------------------------------------------------------------------------------
+
+
+def reference_norm(x, weight, epsilon):
+    """Llama's, in torch: rounded after the scale and after the weight."""
+    scaled = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + epsilon)
+    return weight * scaled.to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_tokens", "cols"), [(1, 2500), (5, 67), (16, 264)])
+def test_residual_and_norm(where, dtype, num_tokens, cols):
+    problem = kit.make(num_tokens, cols, dtype=dtype)
+    second, weight = torch.randn(num_tokens, cols).to(dtype), torch.rand(cols).to(dtype)
+    applied = apply(where, problem, Norm(weight, 1e-5, second))
+    assert torch.equal(applied.sum, problem.x + second)
+    expected = reference_norm(problem.x + second, weight, 1e-5)
+    off = np.abs(kit.wide(applied.x) - kit.wide(expected))
+    assert (off <= 2 * kit.ulp(kit.wide(expected), dtype)).all() and (off > 0).mean() < 0.01
+    kit.check(applied.ys[0], applied.x, problem.targets[0], problem.known)
+    bare = apply(where, problem, Norm(weight, 1e-5))
+    assert bare.sum is None and not torch.equal(bare.x, applied.x)
+    off = np.abs(kit.wide(bare.x) - kit.wide(reference_norm(problem.x, weight, 1e-5)))
+    assert (off > 0).mean() < 0.01
+    kit.check(bare.ys[0], bare.x, problem.targets[0], problem.known)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_silu_times_up(where, dtype):
+    problem = kit.make(9, 300, dtype=dtype)
+    up = torch.randn(9, 300).to(dtype)
+    applied = apply(where, problem, Silu(up))
+    expected = torch.nn.functional.silu(problem.x) * up
+    off = np.abs(kit.wide(applied.x) - kit.wide(expected))
+    assert (off <= 2 * kit.ulp(kit.wide(expected), dtype)).all() and (off > 0).mean() < 0.01
+    kit.check(applied.ys[0], applied.x, problem.targets[0], problem.known)
+
+
+def test_a_source_without_adapters(where):
+    problem = kit.make(2, 100)
+    applied = linear.decode_group(where, problem.x, problem.targets, None, Silu(problem.x))
+    kit.check(applied.ys[0], applied.x, problem.targets[0], None)
+
+
+# ---- the router ------------------------------------------------------------------------------------------------------
+
+
+def check_routing(x, weight, k, normalize, ids, gates):
+    logits = kit.wide(x) @ kit.wide(weight).T  # [T, N]
+    size = np.abs(kit.wide(x)) @ np.abs(kit.wide(weight)).T
+    chosen = np.take_along_axis(logits, ids.cpu().numpy().astype(np.int64), 1)
+    slack = 2.0**-20 * size.max()
+    assert (np.diff(chosen, axis=1) <= slack).all() and (np.sort(logits, axis=1)[:, ::-1][:, :k] - chosen <= slack).all()
+    assert all(len(set(row)) == k for row in ids.tolist())
+    among = chosen if normalize and k > 1 else logits
+    top = chosen.max(1, keepdims=True)
+    expected = np.exp(chosen - top) / np.exp(among - top).sum(1, keepdims=True)
+    assert np.abs(kit.wide(gates) - expected).max() < 2.0**-18 * max(1, size.max())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("num_tokens", "cols", "adapters", "k", "normalize"),
+    [
+        (1, 4096, 8, 2, True),
+        (40, 67, 8, 2, False),
+        (3, 129, 33, 1, True),
+        (2, 9, 5, 5, True),
+        (3, 64, 4096, 8, True),
+        (1, 70, 300, 32, False),
+    ],
+)
+def test_route(where, dtype, num_tokens, cols, adapters, k, normalize):
+    x, weight = torch.randn(num_tokens, cols).to(dtype), (torch.randn(adapters, cols) / cols**0.5).to(dtype)
+    ids, gates = linear.route(where, x, weight, k, normalize)
+    check_routing(x, weight, k, normalize, ids, gates)
+
+
+def test_ties_padding_and_nan(where):
+    x = torch.randn(4, 40).to(torch.bfloat16)
+    rows = torch.randn(2, 40).to(torch.bfloat16)
+    weight = rows[[0, 1, 0, 1, 0, 1]]  # three of each logit
+    x[3, 0] = torch.nan
+    ids, gates = linear.route(where, x, weight, 4, True, mask=torch.tensor([1, 0, 7, 1], dtype=torch.int32))
+    for row in (0, 2):
+        assert sorted(ids[row, :3].tolist()) in ([0, 2, 4], [1, 3, 5]) and ids[row, :3].tolist() == sorted(ids[row, :3].tolist())
+        assert ids[row, 3] == 1 - ids[row, 0] % 2
+    assert ids[1].tolist() == [-1] * 4 and gates[1].tolist() == [0.0] * 4
+    assert ids[3].tolist() == [-1] * 4  # no logit of this token can be compared
+
+
+@pytest.mark.parametrize(("k", "normalize"), [(2, True), (3, False), (1, True)])
+@pytest.mark.parametrize("source", [None, "norm"])
+def test_a_layer_s_own_router(where, k, normalize, source):
+    """The fused router chooses what `route` chooses from the same x, bit for bit, and all else follows from it."""
+    problem = kit.make(9, 2100, rows=(20, 9), ranks=(8, 20), adapters=11)
+    weight = torch.randn(11, 2100).to(torch.bfloat16)
+    given = Norm(torch.rand(2100).to(torch.bfloat16), 1e-6) if source else None
+    applied = linear.decode_group(where, problem.x, problem.targets, Router(weight, k, normalize), given)
+    ids, gates = linear.route(where, applied.x, weight, k, normalize)
+    assert torch.equal(applied.ids, ids) and torch.equal(applied.gates, gates)
+    known = linear.decode_group(where, problem.x, problem.targets, Known(ids, gates), given)
+    for y, same, target in zip(applied.ys, known.ys, problem.targets, strict=True):
+        kit.check(y, applied.x, target, Known(ids, gates))
+        assert np.array_equal(kit.bits(y), kit.bits(same))

@@ -1,0 +1,339 @@
+"""The grouping and SGMV kernels' own sources on the host simulator, against float64: groups, values, bits, addresses."""
+
+from __future__ import annotations
+
+import mmap
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent / "sim"))
+
+import mixtures
+from mixtures import POPULARITIES, check, choose_ids, make_batch, strided
+
+from fusedmerge.backend import sgmv
+from fusedmerge.backend.kernels import SimLauncher
+from fusedmerge.backend.params import SimOptions
+
+DTYPES = (torch.bfloat16, torch.float16)
+RANKS = (1, 4, 7, 16, 33, 64, 128)
+
+
+@pytest.fixture(autouse=True)
+def simulator(sim_library, monkeypatch):
+    """Every kernel runs on the simulator, and torch.empty gives NaN and the largest ints."""
+    monkeypatch.setenv("FUSEDMERGE_SIM_LIB", sim_library)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+class Device(SimLauncher):
+    """A simulated device of another size, which may run its blocks' walks on another grid."""
+
+    def __init__(self, order=0, core=1, blocks=2, seed=1, grid=None, multiprocessors=4, shared=99 << 10):
+        super().__init__(SimOptions(order, core, 0, blocks, seed))
+        self.grid, self.num_multiprocessors, self.shared_bytes_limit = grid, multiprocessors, shared
+        self.launches = []
+
+    def launch(self, kernel, params, grid, shared_bytes, programmatic=False):
+        self.launches.append(kernel.name)
+        walks = kernel.name.startswith("sgmv") and self.grid is not None
+        super().launch(kernel, params, self.grid if walks else grid, shared_bytes, programmatic)
+
+
+def bits(tensor):
+    return tensor.contiguous().view(torch.int16).numpy().tobytes()
+
+
+# ---- groups ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize(("popularity", "tokens", "slots", "adapters"), [*((p, 70, 2, 5) for p in POPULARITIES), ("zipf", 600, 3, 300)])
+def test_groups(rng, popularity, tokens, slots, adapters, order):
+    batch = make_batch(rng, tokens, 1, 1, 1, slots=slots, adapters=adapters, popularity=popularity)
+    batch.gates[5] = 0.0
+    groups = sgmv.group_tokens(Device(order, seed=order), batch.ids, batch.gates, adapters)
+    mixtures.check_groups(groups, batch.ids, batch.gates)
+
+
+def test_groups_of_unusual_slots():
+    """Duplicates add in slot order; ids that do not exist, and sums of zero, are no pairs; a gate that is not finite is one."""
+    big = 2**31 - 1
+    ids = [[1, 1, 2], [2, -1, 2], [3, 0, 0], [-1, -1, -1], [4, -7, big], [0, 1, 0], [2, 2, 2], [1, 0, 3]]
+    gates = [[0.5, 0.25, 1], [1, 9, -1], [1, 1, 2], [1, 1, 1], [1, 1, 1], [2, 0, -2], [3, 1, -2], [torch.nan, torch.inf, 1]]
+    given = torch.tensor(ids, dtype=torch.int32), torch.tensor(gates, dtype=torch.float32)
+    groups = sgmv.group_tokens("sim", *given, 4)
+    mixtures.check_groups(groups, *given)
+    assert mixtures.read(groups, "totals", 4)[:2].tolist() == [8, 4]
+
+
+@pytest.mark.parametrize(("tokens", "slots", "adapters"), [(1, 1, 1), (256, 1, 1), (257, 32, 4096), (3000, 8, 4096)])
+def test_groups_of_every_size(rng, tokens, slots, adapters):
+    ids = choose_ids(rng, "zipf", tokens, slots, adapters)
+    gates = torch.from_numpy(rng.standard_normal(ids.shape)).float()
+    mixtures.check_groups(sgmv.group_tokens("sim", ids, gates, adapters), ids, gates)
+
+
+@pytest.mark.slow
+def test_groups_of_a_long_prefill(rng):
+    ids = choose_ids(rng, "zipf", 16384, 8, 4096)
+    gates = torch.from_numpy(rng.standard_normal(ids.shape)).float()
+    mixtures.check_groups(sgmv.group_tokens("sim", ids, gates, 4096), ids, gates)
+
+
+# ---- values ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("popularity", POPULARITIES)
+def test_popularity(rng, popularity, dtype):
+    batch = make_batch(rng, 50, 136, 88, 16, slots=2, adapters=12, popularity=popularity, dtype=dtype)
+    check(batch, batch.run())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rank", [*RANKS, pytest.param(512, marks=pytest.mark.slow)])
+def test_ranks(rng, rank, dtype):
+    batch = make_batch(rng, 13, 96, 72, rank, adapters=3, dtype=dtype)
+    check(batch, batch.run())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "cols", "out", "rank", "slots"),
+    [
+        (1, 64, 40, 8, 2),
+        (7, 1, 1, 3, 1),
+        (8, 33, 31, 5, 2),
+        (9, 511, 257, 16, 1),
+        (17, 513, 33, 20, 3),
+        (130, 40, 300, 4, 2),
+        (3, 1025, 9, 17, 8),
+    ],
+)
+def test_shapes(rng, tokens, cols, out, rank, slots):
+    batch = make_batch(rng, tokens, cols, out, rank, slots=slots, none=0.0)
+    check(batch, batch.run())
+
+
+@pytest.mark.parametrize("core", [0, 1], ids=["a100", "h100"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_long_sums_of_one_sign(rng, dtype, core):
+    """Tensor cores truncate: a single chain over these columns would lose eight times the bound."""
+    batch = make_batch(rng, 3, 11008, 24, 16, adapters=2, dtype=dtype, none=0.0)
+    for tensor in (batch.x, batch.a, batch.b, batch.gates):
+        tensor.abs_()
+    batch.y.zero_()
+    check(batch, batch.run(Device(core=core)), slack=2.0**-16)
+
+
+@pytest.mark.parametrize(("x_size", "b_size"), [(3000.0, 1e-3), (1e-4, 1000.0), (1.0, 6e-6)])
+def test_z_beyond_the_range_of_fp16(rng, x_size, b_size):
+    """z reaches 1e7 here, or 1e-9; y is an ordinary number."""
+    batch = make_batch(rng, 20, 300, 120, 24, dtype=torch.float16, none=0.0)
+    batch.x *= x_size
+    batch.a *= 17 if x_size > 1 else 0.01
+    batch.b *= b_size * 10
+    batch.y *= 0.01
+    assert x_size > 1 or b_size < 1 or (batch.x.double() @ batch.a[0].double().T).abs().median() < 2.0**-14
+    check(batch, batch.run(), share=0.97)
+
+
+def test_other_ranks_for_each_adapter(rng):
+    batch = make_batch(rng, 40, 70, 90, 80, adapters=6)
+    batch.ranks = torch.tensor([80, 0, 17, 5, 64, 65], dtype=torch.int32)
+    poisoned = batch.a.clone(), batch.b.clone()
+    for n, rank in enumerate(batch.ranks.tolist()):  # beyond an adapter's rank nothing may be read
+        poisoned[0][n, rank:] = torch.nan
+        poisoned[1][n, :, rank:] = torch.nan
+    batch.a, batch.b = poisoned
+    check(batch, batch.run())
+
+
+def test_no_scaling(rng):
+    batch = make_batch(rng, 20, 70, 90, 8)
+    batch.scaling = None
+    check(batch, batch.run())
+
+
+def test_tokens_without_an_adapter_keep_their_bits(rng):
+    batch = make_batch(rng, 30, 70, 90, 8)
+    batch.ids[::3] = -1
+    batch.gates[1] = 0.0
+    kept = [t for t in range(30) if t % 3 == 0 or t == 1]
+    batch.y[kept, :3] = torch.tensor([-0.0, torch.nan, torch.inf], dtype=torch.bfloat16)
+    y = batch.run()
+    assert bits(y[kept]) == bits(batch.y[kept])
+    rest = [t for t in range(30) if t not in kept]
+    assert (y[rest] != batch.y[rest]).any(1).sum() == (batch.ids[rest] >= 0).any(1).sum()
+
+
+def test_no_adapter_at_all(rng):
+    batch = make_batch(rng, 20, 70, 90, 8, none=1.0)
+    batch.x[:] = torch.nan  # is not even read
+    device = Device()
+    assert bits(batch.run(device)) == bits(batch.y)
+    empty = torch.zeros(20, 0, dtype=torch.int32), torch.zeros(20, 0)
+    for ids, gates, a in ((*empty, batch.a), (batch.ids, batch.gates, batch.a[:0])):
+        device = Device()
+        y = batch.y.clone()
+        sgmv.add_adapters(device, y, batch.x, a, batch.b[: len(a)], ids, gates)
+        assert bits(y) == bits(batch.y) and device.launches == []
+
+
+def test_what_is_not_finite_stays_with_its_token(rng):
+    batch = make_batch(rng, 40, 70, 90, 8, none=0.0)
+    clean = batch.run()
+    batch.x[3, 69], batch.x[17, 0], batch.gates[21, 1] = torch.nan, torch.inf, torch.nan
+    y = batch.run()
+    bad = [3, 17, 21]
+    assert not y[bad].isfinite().any()
+    rest = [t for t in range(40) if t not in bad]
+    assert bits(y[rest]) == bits(clean[rest])
+
+
+# ---- several targets -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("odd", [False, True], ids=["aligned", "odd"])
+def test_columns_of_packed_outputs(rng, odd):
+    """q, k and v as ranges of one matrix, with other ranks and sizes, in one launch; what lies between is untouched."""
+    widths, ranks = ((264, 72, 80) if not odd else (257, 71, 83)), (16, 8, 40)
+    base = make_batch(rng, 37, 200, 1, 1, adapters=4)
+    packed = torch.from_numpy(rng.standard_normal((37, sum(widths) + 3 * 8))).bfloat16()
+    before, at, targets, batches = packed.clone(), 0, [], []
+    for width, rank in zip(widths, ranks, strict=True):
+        own = make_batch(rng, 37, 200, width, rank, adapters=4)
+        own.x, own.ids, own.gates, own.y = base.x, base.ids, base.gates, before[:, at : at + width]
+        targets.append(sgmv.Target(packed[:, at : at + width], own.a, own.b, own.scaling))
+        batches.append((own, at))
+        at += width + 8
+    device = Device()
+    sgmv.add_to_targets(device, base.x, targets, sgmv.group_tokens(device, base.ids, base.gates, 4))
+    assert device.launches[4:] == ["sgmv_shrink_bf16", "sgmv_expand_bf16"]
+    for own, first in batches:
+        check(own, packed[:, first : first + own.y.shape[1]])
+        gap = slice(first + own.y.shape[1], first + own.y.shape[1] + 8)
+        assert bits(packed[:, gap]) == bits(before[:, gap])
+
+
+def test_more_targets_than_a_launch_takes(rng):
+    batches = [make_batch(rng, 20, 40, 16 + n, 4 + n) for n in range(6)]
+    for batch in batches:
+        batch.x, batch.ids, batch.gates = batches[0].x, batches[0].ids, batches[0].gates
+    ys = [batch.y.clone() for batch in batches]
+    groups = sgmv.group_tokens("sim", batches[0].ids, batches[0].gates, 5)
+    targets = [sgmv.Target(y, batch.a, batch.b, batch.scaling) for y, batch in zip(ys, batches, strict=True)]
+    sgmv.add_to_targets("sim", batches[0].x, targets, groups)
+    for y, batch in zip(ys, batches, strict=True):
+        check(batch, y)
+
+
+def test_groups_serve_every_layer(rng):
+    first, second = make_batch(rng, 30, 70, 90, 8), make_batch(rng, 30, 48, 33, 20)
+    second.ids, second.gates = first.ids, first.gates
+    groups = sgmv.group_tokens("sim", first.ids, first.gates, 5)
+    for batch in (first, second):
+        check(batch, batch.run(groups=groups))
+
+
+# ---- bits ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_bits_whatever_runs_it(rng, dtype):
+    """Thread orders, resident blocks, grids, sizes of tiles, and parts of z added by the shrink or apart."""
+    batch = make_batch(rng, 140, 1100, 290, 24, adapters=6, dtype=dtype)
+    batch.x, batch.y = batch.x[:, :1060], batch.y[:, :280]
+    batch.a, batch.b = batch.a[..., :1060], batch.b[:, :280]
+    seen, kernels = set(), set()
+    devices = [
+        Device(0, grid=1, multiprocessors=1),
+        Device(1, grid=2, blocks=3, multiprocessors=132),
+        Device(2, grid=5, seed=3, shared=227 << 10),
+        Device(2, multiprocessors=132, seed=4, shared=20 << 10),
+    ]
+    for device in devices:
+        seen.add(bits(batch.run(device)))
+        kernels.add("sgmv_sum" in device.launches)
+    assert len(seen) == 1 and kernels == {False, True}
+
+
+def test_a_tokens_bits_depend_on_its_own_mixture_alone(rng):
+    batch = make_batch(rng, 70, 300, 100, 24, slots=3)
+    whole = batch.run()
+    for t in (0, 33, 69):
+        order = [2, 0, 1]  # nor on the order of its slots
+        alone = mixtures.Batch(
+            batch.y[t : t + 1],
+            batch.x[t : t + 1],
+            batch.a,
+            batch.b,
+            batch.ids[t : t + 1, order],
+            batch.gates[t : t + 1, order],
+            batch.scaling,
+        )
+        assert bits(alone.run()) == bits(whole[t : t + 1])
+
+
+@pytest.mark.parametrize(("gap", "shift"), [(1, 0), (8, 3), (7, 5)])
+def test_scalar_rows_have_the_bits_of_vector_rows(rng, gap, shift):
+    """Each operand alone, then all of them, unaligned."""
+    batch = make_batch(rng, 20, 104, 120, 24)
+    fields = ("y", "x", "a", "b")
+    for field in fields:
+        setattr(batch, field, strided(getattr(batch, field)))
+    vector = bits(batch.run())
+    for chosen in (*((field,) for field in fields), fields):
+        changed = mixtures.Batch(**vars(batch))
+        for field in chosen:
+            setattr(changed, field, strided(getattr(batch, field), gap, shift))
+        assert bits(changed.run()) == vector
+
+
+# ---- addresses and refusals ------------------------------------------------------------------------------------------
+
+
+def test_offsets_past_2_to_the_31_elements(rng):
+    """Huge strides over address space that is reserved, not used: only the touched pages exist."""
+    batch = make_batch(rng, 3, 40, 24, 16, adapters=3, none=0.0)
+
+    def spread(values, stride):
+        count = (len(values) - 1) * stride + values[0].numel()
+        area = np.frombuffer(mmap.mmap(-1, 2 * count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000), np.int16)  # MAP_NORESERVE
+        whole = torch.from_numpy(area).view(values.dtype)
+        return whole.as_strided(values.shape, (stride, *values.stride()[1:])).copy_(values)
+
+    try:
+        y, x = (spread(tensor, 2**31 + 64) for tensor in (batch.y, batch.x))
+        a, b = (spread(tensor, 5 * 2**28 + 64) for tensor in (batch.a, batch.b))
+    except OSError:
+        pytest.skip("no address space for the reservation")
+    sgmv.add_adapters("sim", y, x, a, b, batch.ids, batch.gates, batch.scaling)
+    check(batch, y)
+
+
+def test_what_does_not_fit_is_refused_and_changes_nothing(rng):
+    batch = make_batch(rng, 20, 70, 90, 8)
+    y = batch.y.clone()
+    with pytest.raises(ValueError, match=r"lora_linear: ids: expected at most 32 slots of a token .*, got 33"):
+        sgmv.group_tokens("sim", torch.zeros(2, 33, dtype=torch.int32), torch.zeros(2, 33), 4)
+    with pytest.raises(ValueError, match=r"lora_linear: a: expected at most 4096 adapters .*, got 4097"):
+        sgmv.group_tokens("sim", batch.ids, batch.gates, 4097)
+    for ids, adapters in ((batch.ids[:19], 5), (batch.ids, 6)):
+        groups = sgmv.group_tokens("sim", ids, batch.gates[: len(ids)], adapters)
+        with pytest.raises(ValueError, match=r"groups: expected those of 20 tokens and 5 adapters, got"):
+            sgmv.add_adapters("sim", y, batch.x, batch.a, batch.b, batch.ids, batch.gates, groups=groups)
+    assert bits(y) == bits(batch.y)
+
+
+def test_the_version_counter_tells_of_the_write(rng):
+    batch = make_batch(rng, 5, 16, 16, 4)
+    y, version = batch.y, batch.y._version
+    sgmv.add_adapters("sim", y, batch.x, batch.a, batch.b, batch.ids, batch.gates)
+    assert y._version > version
