@@ -154,20 +154,6 @@ def test_a_second_prefill_is_unmerged_too(directory):
             assert torch.equal(session.prefill(tokens[:, :6]), first)
 
 
-def test_auto(directory):
-    decoder = Decoder.from_pretrained(directory)
-
-    def chosen(method, new_tokens, r=5):
-        experts = make_experts(decoder, method, r=r)
-        return strategies.choose(method, [(decoder.weights[name], linear) for name, linear in experts.linears.items()], new_tokens)
-
-    assert strategies.choose(None, [], 100) == "backbone"
-    for method in ("lora_switch", "mola", "mixlora"):
-        assert chosen(method, 10_000) == "fused"  # a new mixture for every token
-    assert chosen("lora", 1, r=1) == "fused"  # one mixture for the whole generation
-    assert chosen("lora", 1000, r=1) == "merged"
-
-
 # ---------------------------------------------------------------------- what a CUDA graph needs
 
 
