@@ -47,7 +47,7 @@ class Run:
 
         if self.engine == "decoder":
             return DecoderSession(self.model, self.strategy, 1, capacity)
-        return ModelSession(self.model, self.strategy, capacity)
+        return ModelSession(self.model, self.strategy)
 
     @property
     def routers(self) -> Mapping[str, Any]:

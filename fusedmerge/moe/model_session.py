@@ -14,7 +14,7 @@ from fusedmerge.errors import InvalidTypeError, StateError
 from fusedmerge.moe.experts import ExpertLinear
 from fusedmerge.moe.layers import MoELinear
 from fusedmerge.moe.routing import TableRouter
-from fusedmerge.moe.strategies import MERGED, add_unfused, choose, full, merge_simple, one_route
+from fusedmerge.moe.strategies import MERGED, add_unfused, full, merge_simple, one_route
 from fusedmerge.moe.structure import Structure, structure
 from fusedmerge.ops import lora_linear
 from fusedmerge.switcher import Switcher
@@ -30,13 +30,10 @@ _OP = "generate"
 class ModelSession:
     """Prefill, then step after step, with one strategy. A context manager: on exit the model is as it was, in weights and in mode."""
 
-    def __init__(self, model: torch.nn.Module, strategy: str, new_tokens: int) -> None:
+    def __init__(self, model: torch.nn.Module, strategy: str) -> None:
         self.model = model
         self.structure = _structure(model)
         self.factors = {} if self.structure is None else {part: _factors(part) for part in self.structure.linears.values()}
-        if strategy == "auto":
-            method = None if self.structure is None else self.structure.config.method
-            strategy = choose(method, [(part.base_layer.weight, experts) for part, experts in self.factors.items()], new_tokens)
         self.strategy = strategy
         self._check()
         self._accepted = inspect.signature(model.forward).parameters

@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,28 +30,12 @@ if TYPE_CHECKING:
 
     from fusedmerge.moe.decoder import Decoder
 
-__all__ = ["MERGED", "STRATEGIES", "UNMERGED", "Apply", "add_unfused", "choose", "full", "make", "one_route"]
+__all__ = ["MERGED", "STRATEGIES", "UNMERGED", "Apply", "add_unfused", "full", "make", "one_route"]
 
 UNMERGED = ("backbone", "unfused", "fused")
 MERGED = ("merged-simple", "merged")
 STRATEGIES = (*UNMERGED, *MERGED, "auto")
 GATE_TOLERANCE = 1e-5  # how far equal rows of a batch may come apart in the router's float32 GEMM
-
-
-def choose(method: str | None, adapted: Iterable[tuple[Tensor, ExpertLinear]], new_tokens: int) -> str:
-    """What "auto" stands for: merging a mixture reads and writes all adapted weights once, and saves its factors' bytes at every token that
-    it lives for. A router's choice lives for one token, a single static adapter for the whole generation.
-
-    method: None for a plain backbone. adapted: (weight [out, in], its experts).
-    """
-    if method is None:
-        return "backbone"
-    if method != "lora":
-        return "fused"
-    pairs = list(adapted)
-    merge = sum(2 * weight.nbytes for weight, _ in pairs)
-    token = sum(experts.a.nbytes + experts.b.nbytes for _, experts in pairs)
-    return "merged" if new_tokens * token > merge else "fused"
 
 
 def make(decoder: Decoder, strategy: str) -> Apply:
