@@ -54,14 +54,19 @@ def group_markdown(name: str, cases: Sequence[Case]) -> str:
         return _drift_table(name, cases)
     if all("x" in case for case in cases):
         return _axis_table(cases)
+    found = [case.get("error") or {} for case in cases]
     columns: dict[str, list[str]] = {
         "median": [time_text(case["median_ms"]) for case in cases],
         f"time / {cases[0].get('compared_to', 'first')}": [_optional(case.get("ratio"), ".2f", "x") for case in cases],
         "GB/s": [_rate(case) for case in cases],
         "of copy": [_optional(case.get("fraction_of_copy"), ".0%") for case in cases],
+        "of read": [_optional(case.get("fraction_of_read"), ".0%") for case in cases],
         "measured / predicted": [_of_prediction(case) for case in cases],
-        "misrounded": [percent(case["error"]["misrounded"]) if case.get("error") else "" for case in cases],
-        "max error / bound": [f"{case['error']['of_bound']:.3g}" if case.get("error") else "" for case in cases],
+        "misrounded": [percent(errors["misrounded"]) if "misrounded" in errors else "" for errors in found],
+        "max error / bound": [_optional(errors.get("of_bound"), ".3g") for errors in found],
+        "mean error / backbone's": [_optional(errors.get("of_backbone"), ".2f") for errors in found],
+        "kernels": [_optional(case.get("counted_launches"), "d") for case in cases],
+        "memory": [_bytes(case.get("memory_bytes")) for case in cases],
         "held beside": [_bytes(case.get("extra_bytes")) for case in cases],
         "allocated by a call": [_bytes(case.get("peak_bytes")) for case in cases],
     }
