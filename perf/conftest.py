@@ -74,7 +74,7 @@ def began() -> dict[str, Any]:
 
 
 @pytest.fixture(autouse=True)
-def _evidence(request: pytest.FixtureRequest) -> Iterator[None]:
+def _evidence(request: pytest.FixtureRequest, began: dict[str, Any]) -> Iterator[None]:
     """Write the suite's file after a test that passed; take it back after one that failed."""
     config = request.config
     if time.monotonic() - config.stash[_STARTED] > config.getoption("--budget"):
@@ -87,7 +87,7 @@ def _evidence(request: pytest.FixtureRequest) -> Iterator[None]:
     if found.failed and found.path:
         found.path.unlink(missing_ok=True)
     elif found.cases and not found.failed:
-        found.path = write(found, Path(config.getoption("--results")), request.getfixturevalue("began"))
+        found.path = write(found, Path(config.getoption("--results")), began)
 
 
 @pytest.fixture(scope="session")
