@@ -226,9 +226,7 @@ def summary(cases: list[dict[str, Any]]) -> dict[str, Any]:
     """The better peer's time over ours at every point: geometric mean and least."""
     ahead = [1 / case["ratio"] for case in cases if case["group"].startswith(ADAPTERS_ALONE) and case["series"] == OURS]
     mean, least = math.exp(statistics.fmean(map(math.log, ahead))), min(ahead)
-    text = (
-        f"the better peer takes {mean:.2f} times as long as {OURS} (geometric mean of {len(ahead)} points), at the least {least:.2f} times"
-    )
+    text = f"the better peer takes {mean:.2f} times as long as {OURS} (geometric mean of {len(ahead)} points; least: {least:.2f})"
     return {"geometric_mean": mean, "least": least, "points": len(ahead), "text": text}
 
 
