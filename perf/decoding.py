@@ -106,18 +106,16 @@ class Workbench:
             strategy = choose(subject, torch.zeros(1, CHECKED_PROMPT, dtype=torch.int64, device=self.where), CHECKED_TOKENS)
         return Run(row.engine, row.method, strategy, subject, row.capture)
 
-    def checked(self, row: Row) -> dict[str, float]:
+    def checked(self, row: Row, run_of: Callable[[Workbench, Row], Run] | None = None) -> dict[str, float]:
         """A row's errors against float64, and their mean over the backbone's own. Raises AssertionError where that is out of proportion.
 
-        Where the memory does not hold the model in float64, on one with two layers of the same shapes.
+        run_of: in place of `run`. Computed on `exact()`.
         """
-        if not self.fits_float64():
-            self._small = self._small or Workbench(replace(self.backbone, layers=2), self.where)
-            return self._small.checked(row)
-        tokens = self.tokens(1, CHECKED_PROMPT + CHECKED_TOKENS)
+        where = self.exact()
+        tokens = where.tokens(1, CHECKED_PROMPT + CHECKED_TOKENS)
         if row.place not in self._errors:
-            self._errors[row.place] = errors(self.run(row.backbone), tokens, CHECKED_PROMPT)["mean_error"]
-        found = errors(self.run(row), tokens, CHECKED_PROMPT)
+            self._errors[row.place] = errors(where.run(row.backbone), tokens, CHECKED_PROMPT)["mean_error"]
+        found = errors((run_of or Workbench.run)(where, row), tokens, CHECKED_PROMPT)
         found["of_backbone"] = found["mean_error"] / self._errors[row.place]
         assert found["of_backbone"] < WORST_ERROR, f"{row.title}: the mean error is {found['of_backbone']:.3g} times the backbone's"
         return found
@@ -133,16 +131,21 @@ class Workbench:
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(0, self.backbone.vocab, (batch, count), generator=generator).to(self.where)
 
-    def fits_float64(self) -> bool:
-        """Whether the backbone can be computed in float64 beside what is there."""
+    def exact(self) -> Workbench:
+        """Where errors are computed: here, or, where the memory does not hold this backbone in float64, on two layers of the same shapes."""
         import torch
 
-        needed = 10 * (self.backbone.adapted + 2 * self.backbone.head)
-        return self.where.type != "cuda" or self.backbone.layers <= 2 or needed < torch.cuda.mem_get_info()[0]
+        needed = 16 * (self.backbone.adapted + 2 * self.backbone.head)  # packing takes a copy
+        if self.where.type != "cuda" or self.backbone.layers <= 2 or needed < torch.cuda.mem_get_info()[0]:
+            return self
+        self._small = self._small or Workbench(replace(self.backbone, layers=2), self.where)
+        return self._small
 
 
 def step_cost(backbone: Backbone, row: Row, context: int) -> Cost | None:
     """What the model says of a step; None for ways that it does not know."""
+    if row.method not in ("", "lora", "lora_switch", "mola"):
+        return None
     plain = model.backbone_step(backbone, context=context)
     if row.strategy in ("backbone", "merged") and row.method in ("", "lora"):
         return plain

@@ -18,21 +18,21 @@ import pytest
 import torch
 
 import fusedmerge as fm
-from fusedmerge.commands.demo_decode import Run, errors
+from fusedmerge.commands.demo_decode import errors
 from fusedmerge.moe.auto import choose
 from perf import model
 from perf.backbones import LLAMA_2_7B
 from perf.decoding import EXPERTS, TOP_K, Query, Row, Workbench, decoding, lengths, queries, step_cost
 from perf.evidence import Suite
-from perf.model import Ceilings, Cost
+from perf.model import Ceilings
 from perf.timing import device, in_turn, median_ratio
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 WHERE = device()
 GPU = WHERE.type == "cuda"
-BACKBONE = LLAMA_2_7B if GPU else LLAMA_2_7B.scaled(512, 4)
-QUERIES, LONGEST, NEW_TOKENS = (50, 1024, 16) if GPU else (50, 48, 8)
-SECONDS = 0.5  # of rounds per row
+BACKBONE = LLAMA_2_7B if GPU else LLAMA_2_7B.scaled(384, 4)
+QUERIES, LONGEST, NEW_TOKENS = (50, 1024, 16) if GPU else (50, 48, 6)
+SECONDS = 0.4  # of rounds per row
 BATCHES = (1, 2, 4, 8, 16, 32, 64) if GPU else (1, 4, 16, 64)
 LIFETIMES = (1, 4, 16, 64, 256) if GPU else (1, 4, 16, 64)
 CLASSES = 16  # mixtures of the table
@@ -111,16 +111,13 @@ def test_row(
         runs["backbone"] = bench.run(row.backbone)
     capacity = max(prompts) + count
     samples, launches = decoding(benchmark, runs, queries(bench, prompts, count), capacity, count, WHERE, rounds, SECONDS)
-    record(suite, ceilings, row, samples, step_cost(BACKBONE, row, capacity), counted_launches=launches[row.title], **more)
-
-
-def record(suite: Suite, ceilings: Ceilings, row: Row, samples: dict[str, list[float]], cost: Cost | None, **more: Any) -> None:
-    taken = samples[row.title]
+    cost, taken, strategy = step_cost(BACKBONE, row, capacity), samples[row.title], runs[row.title].strategy
     if cost is not None:
         more |= {"bytes": cost.bytes, "flops": cost.flops, "predicted_ms": 1e3 * model.seconds(cost, ceilings)}
+    title = f"{row.title} ({strategy})" if row.strategy == "auto" else row.title
     suite.record(
-        f"{row.place}, {row.title}", f"a token, {row.place}", row.title, taken, method=row.method, strategy=row.strategy,
-        ratio=median_ratio(taken, samples["backbone"]), compared_to="backbone", **more,
+        f"{row.place}, {row.title}", f"a token, {row.place}", title, taken, method=row.method, strategy=strategy,
+        ratio=median_ratio(taken, samples["backbone"]), compared_to="backbone", counted_launches=launches[row.title], **more,
     )  # fmt: skip
 
 
@@ -131,7 +128,7 @@ def test_batch(benchmark: Any, suite: Suite, ceilings: Ceilings, rounds: int, be
     runs = {title: bench.run(row if title != "backbone" else row.backbone) for title, row in rows.items()}
     most = 40  # rounds, and those that are not counted
     tokens = bench.tokens(batch, 4 + most, seed=batch)
-    check_batch(bench, runs["fused"], tokens[:, :8])
+    check_batch(bench.exact(), rows["fused"], batch)
     opened = {title: run.open(tokens.shape[1], batch) for title, run in runs.items()}
     for session in opened.values():
         session.prefill(tokens[:, :4], None)
@@ -152,11 +149,11 @@ def test_batch(benchmark: Any, suite: Suite, ceilings: Ceilings, rounds: int, be
         )  # fmt: skip
 
 
-def check_batch(bench: Workbench, run: Run, tokens: torch.Tensor) -> None:
-    """A batch's logits against float64, where the memory holds that; beside a single sequence's a batch is no less exact."""
-    if bench.fits_float64():
-        one, many = (errors(run, part, 4)["mean_error"] for part in (tokens[:1], tokens))
-        assert many < 2 * one, f"a batch of {len(tokens)}: the mean error is {many / one:.3g} times a single sequence's"
+def check_batch(bench: Workbench, row: Row, batch: int) -> None:
+    """A batch's logits against float64, beside a single sequence's."""
+    tokens, run = bench.tokens(batch, 8, seed=batch), bench.run(row)
+    one, many = (errors(run, part, 4)["mean_error"] for part in (tokens[:1], tokens))
+    assert many < 2 * one, f"a batch of {batch}: the mean error is {many / one:.3g} times a single sequence's"
 
 
 @pytest.fixture(scope="module")

@@ -225,11 +225,18 @@ def _recorded(routers: Mapping[str, Any]) -> Iterator[dict[str, list[Any]]]:
 @contextmanager
 def _played_back(routers: Mapping[str, Any], found: Mapping[str, Sequence[Any]]) -> Iterator[None]:
     """Routers that choose once more what they chose, for all tokens at once: in float64 a near tie could fall the other way."""
-    import torch
-
-    routes = {name: tuple(torch.cat(parts, dim=1) for parts in zip(*calls, strict=True)) for name, calls in found.items()}
+    routes = {name: _joined(calls) for name, calls in found.items()}
     with _replaced({name: (lambda _, name=name: routes[name]) for name in routers}, routers):
         yield
+
+
+def _joined(calls: Sequence[Any]) -> Any:
+    """What a router said call by call, for all tokens at once: tensors [B, T, ...], or by name (X-LoRA's classifier)."""
+    import torch
+
+    if isinstance(calls[0], dict):
+        return {name: _joined([call[name] for call in calls]) for name in calls[0]}
+    return tuple(torch.cat(parts, dim=1) for parts in zip(*calls, strict=True))
 
 
 @contextmanager
