@@ -132,7 +132,7 @@ class Workbench:
         return torch.randint(0, self.backbone.vocab, (batch, count), generator=generator).to(self.where)
 
     def exact(self) -> Workbench:
-        """Where errors are computed: here, or, where the memory does not hold this backbone in float64, on two layers of the same shapes."""
+        """Where errors are computed: here, or where the memory does not hold it in float64, two layers of the same shapes."""
         import torch
 
         needed = 16 * (self.backbone.adapted + 2 * self.backbone.head)  # packing takes a copy

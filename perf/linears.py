@@ -151,45 +151,49 @@ def grouped(problem: Problem) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def check(y: torch.Tensor, weight: torch.Tensor, problem: Problem, roundings: Sequence[str] | None = None) -> dict[str, float]:
     """The largest error of y [T, out] over its bound: half an ulp of y and 2^-16 of the terms' sizes; beyond 16 tokens half an ulp of W x,
-    which is stored in between. roundings: "y", "plain" and "z" (z and each expert's output rounded, as PEFT does), where others are due.
+    which is stored in between. roundings, where others are due: of "y", "plain" (W x), "z" (and each expert's output, as PEFT does it),
+    "w" (merged weights).
 
     Raises AssertionError beyond 1.
     """
-    plain, delta, size = _truth(problem, weight)
-    return _judged(y, plain, delta, size, roundings or (("y",) if len(problem.x) <= 16 else ("y", "plain")))
+    plain, delta, *sizes = _truth(problem, weight)
+    return _judged(y, plain, delta, *sizes, roundings or (("y",) if len(problem.x) <= 16 else ("y", "plain")))
 
 
 def check_added(y: torch.Tensor, before: torch.Tensor, problem: Problem, roundings: Sequence[str] = ("y",)) -> dict[str, float]:
     """`check` for adapters that were added to what was there."""
-    _, delta, size = _truth(problem, None)
+    _, delta, _, size = _truth(problem, None)
     plain = before[_checked(len(before))].double()
-    return _judged(y, plain, delta, size + plain.abs(), roundings)
+    return _judged(y, plain, delta, plain.abs(), size, roundings)
 
 
-def _judged(y: torch.Tensor, plain: torch.Tensor, delta: torch.Tensor, size: torch.Tensor, roundings: Sequence[str]) -> dict[str, float]:
-    half = {"y": (plain + delta).abs(), "plain": plain.abs(), "z": size}
+def _judged(
+    y: torch.Tensor, plain: torch.Tensor, delta: torch.Tensor, plain_size: torch.Tensor, delta_size: torch.Tensor, roundings: Sequence[str]
+) -> dict[str, float]:
+    size = plain_size + delta_size
+    half = {"y": (plain + delta).abs(), "plain": plain.abs(), "z": delta_size, "w": size}
     bound = HALF_ULP * sum(half[name] for name in roundings) + ACCUMULATED * size
     worst = float(((y[_checked(len(y))].double() - (plain + delta)).abs() / bound).nan_to_num(float("inf")).max())
     assert worst <= 1.0, f"an error of {worst:.3g} times the bound"
     return {"of_bound": worst}
 
 
-def _truth(problem: Problem, weight: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """W x, what the adapters add, and the sum of all terms' sizes, float64 [tokens that are checked, out]."""
+def _truth(problem: Problem, weight: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """W x, what the adapters add, and the sums of both's terms' sizes, float64 [tokens that are checked, out]."""
     import torch
 
     tokens = _checked(len(problem.x))
     x, ids, gates = problem.x[tokens].double(), problem.ids[tokens], problem.gates[tokens].double()
     delta = torch.zeros(len(x), problem.b.shape[1], dtype=torch.float64, device=x.device)
-    plain, size = delta.clone(), delta.clone()
+    plain, plain_size, size = delta.clone(), delta.clone(), delta.clone()
     if weight is not None:
-        plain, size = x @ weight.double().T, x.abs() @ weight.double().abs().T
+        plain, plain_size = x @ weight.double().T, x.abs() @ weight.double().abs().T
     for slot in ids[ids >= 0].unique().tolist():
         share = torch.where(ids == slot, gates, 0.0).sum(dim=1, keepdim=True)
         a, b = problem.a[slot].double(), problem.b[slot].double()
         delta += share * (x @ a.T @ b.T)
         size += share.abs() * (x.abs() @ a.abs().T @ b.abs().T)
-    return plain, delta, size
+    return plain, delta, plain_size, size
 
 
 def _checked(tokens: int) -> list[int]:

@@ -53,7 +53,7 @@ def group_markdown(name: str, cases: Sequence[Case]) -> str:
     if all("drift" in case for case in cases):
         return _drift_table(name, cases)
     if all("x" in case for case in cases):
-        return _axis_table(cases)
+        return _axis_table(name, cases)
     found = [case.get("error") or {} for case in cases]
     columns: dict[str, list[str]] = {
         "median": [time_text(case["median_ms"]) for case in cases],
@@ -75,20 +75,21 @@ def group_markdown(name: str, cases: Sequence[Case]) -> str:
     return markdown_table([name, *kept], rows)
 
 
-def _axis_table(cases: Sequence[Case]) -> str:
+def _axis_table(name: str, cases: Sequence[Case]) -> str:
     """x down, and each series' median with its ratio to the prediction across; then the first series' ratio to the other."""
     series = list(dict.fromkeys(case["series"] for case in cases))
     found = {(case["x"], case["series"]): case for case in cases}
-    header = [cases[0]["axis"]]
-    for name in series:
-        header += [name, "measured / predicted"]
+    axis = cases[0]["axis"]
+    header = [axis if name.endswith(axis) else f"{name}: {axis}"]
+    for label in series:
+        header += [label, "measured / predicted"]
     ratios = any(case.get("ratio") is not None for case in cases)
     header += [f"time / {cases[0].get('compared_to', 'first')}"] if ratios else []
     rows = []
     for x in sorted({case["x"] for case in cases}):
         row = [f"{x:.3g}"]
-        for name in series:
-            case = found.get((x, name))
+        for label in series:
+            case = found.get((x, label))
             row += [time_text(case["median_ms"]), _of_prediction(case)] if case else ["", ""]
         first = found.get((x, series[0]))
         rows.append([*row, *([_optional(first.get("ratio") if first else None, ".2f", "x")] if ratios else [])])
