@@ -55,6 +55,13 @@ def test_same_bits_whatever_runs_it(num_tokens, tensor_core):
         kit.check(y, problem.x, target, problem.known)
 
 
+def test_long_rows_of_one_sign_with_the_least_accurate_tensor_cores():
+    """fp16 on an A100: two chains a warp leave a third of the bound, one would go beyond it."""
+    problem = kit.make(2, 16384, rows=(32,), dtype=torch.float16, positive=True, extras=False)
+    y = linear.decode_group(Machine(tensor_core=0), problem.x, problem.targets).ys[0]
+    kit.check(y, problem.x, problem.targets[0], None)
+
+
 @pytest.mark.parametrize("source", ["norm", "silu"])
 def test_same_bits_of_router_and_source(source):
     problem = kit.make(9, 300, rows=(40,), ranks=(20,), adapters=9)
