@@ -157,7 +157,7 @@ def decode_group(
     tiles = -(-len(x) // 8)
     if group.needs_prologue:
         kernel = Kernel("lora_linear.cuh", "LinearParams", f"run_prologue<{number}, {tiles}>", f"prologue_{name}_{8 * tiles}")
-        where.launch(kernel, group.params, group.prologue_grid(where.num_multiprocessors), _PROLOGUE_BYTES[tiles])
+        where.launch(kernel, group.params, group.prologue_grid(where.num_multiprocessors), _PROLOGUE_BYTES[tiles], programmatic=True)
     blocks = min(_GEMV_BLOCKS, max(1, where.shared_bytes_limit // _GEMV_BYTES[tiles])) * where.num_multiprocessors
     waves = -(-group.params.num_tiles // blocks)
     kernel = Kernel("lora_linear.cuh", "LinearParams", f"run_gemv<{number}, {tiles}>", f"gemv_{name}_{8 * tiles}", blocks=_GEMV_BLOCKS)
