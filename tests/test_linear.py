@@ -79,11 +79,13 @@ def test_without_scaling_bias_and_residual(where):
     kit.check(y, problem.x, target, problem.known)
 
 
-def test_no_tokens_no_rows_no_slots(where):
+def test_no_tokens_no_rows_no_adapters_no_slots(where):
     problem = kit.make(2, 40)
     assert apply(where, problem.tokens([])).ys[0].shape == (0, 35)
     target = replace(problem.targets[0], weight=problem.targets[0].weight[:0], a=None, b=None, bias=None, residual=None)
     assert linear.decode_group(where, problem.x, [target]).ys[0].shape == (2, 0)
+    target = replace(problem.targets[0], a=problem.targets[0].a[:0], b=problem.targets[0].b[:0])
+    kit.check(linear.decode_group(where, problem.x, [target], problem.known).ys[0], problem.x, target, None)  # N = 0
     slotless = Known(problem.ids[:, :0], problem.gates[:, :0])
     kit.check(linear.decode_group(where, problem.x, problem.targets, slotless).ys[0], problem.x, problem.targets[0], slotless)
 
