@@ -201,6 +201,25 @@ def test_a_source_without_adapters(where):
     kit.check(applied.ys[0], applied.x, problem.targets[0], None)
 
 
+def test_gates_after_the_non_linearity_are_pseudo_tokens(where):
+    """MixLoRA: each of a token's experts has an MLP of its own. Every (token, expert) is a token with one slot, and W is still read once."""
+    problem = kit.make(3, 72, rows=(40, 40), ranks=(8,), extras=False)
+    problem.ids.clamp_(min=0)
+    down = kit.make(6, 40, rows=(72,), ranks=(8,), extras=False, seed=1).targets[0]
+    each = Known(problem.ids.reshape(6, 1), torch.ones(6, 1))
+    up = linear.decode_group(where, problem.x.repeat_interleave(2, 0), problem.targets, each)
+    mlp = linear.decode_group(where, up.ys[0], [down], each, Silu(up.ys[1]))
+    y = (mlp.ys[0].float() * problem.gates.reshape(6, 1)).reshape(3, 2, 72).sum(1)
+    x, ids, gates = kit.wide(problem.x), problem.ids.tolist(), problem.gates.tolist()
+    for t in range(3):
+        exact = np.zeros(72)
+        for n, gate in zip(ids[t], gates[t], strict=True):
+            through = [kit.wide(m.weight) + kit.wide(m.b[n]) @ kit.wide(m.a[n]) for m in (*problem.targets, down)]
+            hidden = through[0] @ x[t]
+            exact += gate * (through[2] @ (hidden / (1 + np.exp(-hidden)) * (through[1] @ x[t])))
+        assert np.abs(kit.wide(y[t]) - exact).max() < 2.0**-6 * np.abs(exact).max()
+
+
 # ---- the router ------------------------------------------------------------------------------------------------------
 
 
