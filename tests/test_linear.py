@@ -202,7 +202,7 @@ def test_a_source_without_adapters(where):
 
 
 def test_gates_after_the_non_linearity_are_pseudo_tokens(where):
-    """MixLoRA: each of a token's experts has an MLP of its own. Every (token, expert) is a token with one slot, and W is still read once."""
+    """MixLoRA: each of a token's experts has an MLP of its own. Every (token, expert) is a token with one slot; W is still read once."""
     problem = kit.make(3, 72, rows=(40, 40), ranks=(8,), extras=False)
     problem.ids.clamp_(min=0)
     down = kit.make(6, 40, rows=(72,), ranks=(8,), extras=False, seed=1).targets[0]
