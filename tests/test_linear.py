@@ -11,6 +11,7 @@ import torch
 from fusedmerge import backend
 from fusedmerge.backend import linear
 from fusedmerge.backend.linear import Known, Norm, Router, Silu
+from fusedmerge.errors import InvalidValueError
 from tests import linear_kit as kit
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -82,6 +83,14 @@ def test_no_tokens_no_rows_no_slots(where):
     assert linear.decode_group(where, problem.x, [target]).ys[0].shape == (2, 0)
     slotless = Known(problem.ids[:, :0], problem.gates[:, :0])
     kit.check(linear.decode_group(where, problem.x, problem.targets, slotless).ys[0], problem.x, problem.targets[0], slotless)
+
+
+def test_too_much_is_refused(where):
+    for problem in (kit.make(17, 8), kit.make(1, 8, rows=(1,) * 5), kit.make(1, 8, k=33)):
+        with pytest.raises(InvalidValueError, match=r"at most (16 tokens|4 matrices|32 slots)"):
+            apply(where, problem)
+    with pytest.raises(InvalidValueError, match="at most 4096 adapters"):
+        linear.route(where, problem.x, torch.zeros(4097, 8, dtype=problem.x.dtype), 2)
 
 
 # ---- whose adapters -----------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@
 namespace fusedmerge {
 
 constexpr int kBlocksPerMultiprocessor = 2;
+constexpr int kExpandTokens = 8;  // tokens whose B is loaded together
 
 template <int kTokenTiles>
 struct GemvMemory {
@@ -106,7 +107,6 @@ struct Gemv {
             products.share(memory.partials);
             finish(target_of(params, tile), tile);
         }
-        copy_async_wait<0>();
     }
 
     // One group for each step, although all of W is in the first: the loop counts groups.
@@ -150,7 +150,7 @@ struct Gemv {
             int token = lane / 4 + 8 * n;
             if (token >= params.tokens) continue;
             const T* x = static_cast<const T*>(params.x) + token * params.x_stride + (count > 0 ? col : 0);
-            copy_octet(&memory.stages[stage][warp][2 + n][lane], x, count, (params.flags & kXAligned) != 0);
+            cached_octet(&memory.stages[stage][warp][2 + n][lane], x, count, (params.flags & kXAligned) != 0);
         }
     }
 
@@ -176,16 +176,13 @@ struct Gemv {
         float delta = 0.0f;
         if (active) {
             FM_NO_UNROLL
-            for (int first = 0; first < params.tokens; first += kBatchTokens) {
-                float sums[kBatchTokens];
+            for (int first = 0; first < params.tokens; first += kExpandTokens) {
+                float sums[kExpandTokens] = {};
+                if (row < target.rows) expand(sums, target, row, first);
                 FM_UNROLL
-                for (int i = 0; i < kBatchTokens; ++i) {
-                    sums[i] = first + i < params.tokens && row < target.rows ? expand(target, row, first + i) : 0.0f;
-                }
-                FM_UNROLL
-                for (int i = 0; i < kBatchTokens; ++i) {
-                    float sum = sum_over_row(sums[i]);
-                    if (token == first + i) delta = sum;
+                for (int t = 0; t < kExpandTokens; ++t) {
+                    float sum = sum_over_row(sums[t]);
+                    if (token == first + t) delta = sum;
                 }
             }
         }
@@ -198,33 +195,47 @@ struct Gemv {
         narrow(static_cast<T*>(target.y)[token * target.y_stride + row], value);
     }
 
-    // This lane's part of a token's sum over slots and ranks.
-    FM_DEVICE float expand(const LinearTarget& target, int row, int token) const {
-        int num_octets = target.z_pitch / 8;
-        float sum = 0.0f;
+    // This lane's parts of a few tokens' sums over slots and ranks. All their loads of B go out before the first is used.
+    FM_DEVICE void expand(float (&sums)[kExpandTokens], const LinearTarget& target, int row, int first) const {
+        const int num_octets = target.z_pitch / 8;
+        const bool whole = (target.flags & kTargetBAligned) != 0 && target.rank % 8 == 0;
+        FM_NO_UNROLL
         for (int i = thread % kMaxTokens; i < params.num_slots * num_octets; i += kMaxTokens) {
-            int slot = i / num_octets;
-            int rank = i % num_octets * 8;
-            int id = memory.routing.ids[token][slot];
-            if (id < 0) continue;
-            float gate = memory.routing.gates[token][slot];
-            float coefficient = target.scaling != nullptr ? multiply(gate, target.scaling[id]) : gate;
-            sum = fused_multiply_add(coefficient, expand_octet(target, row, token, slot, id, rank), sum);
+            const int slot = i / num_octets;
+            const int rank = i % num_octets * 8;
+            const T* b = static_cast<const T*>(target.b) + row * target.b_row_stride + rank;
+            Octet<T> octets[kExpandTokens];
+            if (whole) {
+                FM_UNROLL
+                for (int t = 0; t < kExpandTokens; ++t) {
+                    int id = memory.routing.ids[first + t][slot];
+                    if (id >= 0) load_16(octets[t].words, b + id * target.b_adapter_stride);
+                }
+            } else {
+                FM_UNROLL
+                for (int t = 0; t < kExpandTokens; ++t) {
+                    int id = memory.routing.ids[first + t][slot];
+                    if (id >= 0) load_octet(octets[t], b + id * target.b_adapter_stride, target.rank - rank, false);
+                }
+            }
+            FM_UNROLL
+            for (int t = 0; t < kExpandTokens; ++t) {
+                if (memory.routing.ids[first + t][slot] >= 0) add_octet(sums[t], octets[t], target, first + t, slot, rank);
+            }
         }
-        return sum;
     }
 
-    FM_DEVICE float expand_octet(const LinearTarget& target, int row, int token, int slot, int id, int rank) const {
-        const T* b = static_cast<const T*>(target.b) + id * target.b_adapter_stride + row * target.b_row_stride + rank;
-        Octet<T> octet;
-        load_octet(octet, b, target.rank - rank, (target.flags & kTargetBAligned) != 0);
-        float values[8];
+    // sum += gate * scaling * (octet of B) z, eight ranks of a slot.
+    FM_DEVICE void add_octet(float& sum, const Octet<T>& octet, const LinearTarget& target, int token, int slot, int rank) const {
+        int id = memory.routing.ids[token][slot];
+        float gate = memory.routing.gates[token][slot];
+        float coefficient = target.scaling != nullptr ? multiply(gate, target.scaling[id]) : gate;
+        float values[8], z[8];
         widen_octet(values, octet, 1.0f);
-        float z[8];
         load_z(z, target, token, params.router != nullptr ? id : slot, rank);
         FM_UNROLL
         for (int i = 0; i < 8; ++i) values[i] = multiply(values[i], z[i]);
-        return sum_eight(values);
+        sum = fused_multiply_add(coefficient, sum_eight(values), sum);
     }
 
     // Eight ranks of z, its splits added in order.

@@ -14,7 +14,6 @@
 namespace fusedmerge {
 
 constexpr int kChunkCols = 32;
-constexpr int kBatchTokens = 4;                 // tokens whose loads go out together
 constexpr int kStepCols = kWarps * kChunkCols;  // columns of a block's step
 
 // The sums of a block's warps, in shared memory.
@@ -65,7 +64,7 @@ struct Products {
     }
 };
 
-// What each token takes, in shared memory.
+// What each token takes, in shared memory; tokens from T on take nothing.
 template <int kTokenTiles>
 struct Routing {
     int ids[8 * kTokenTiles][kMaxSlots];  // -1: empty
@@ -77,11 +76,11 @@ struct Routing {
     // An id outside [-1, N) becomes a gate of NaN: nothing out of bounds is read, and the token's y tells.
     FM_DEVICE bool read(const LinearParams& params) {
         bool used = false;
-        for (int i = thread_index(); i < params.tokens * params.num_slots; i += kThreads) {
-            int id = params.ids[i];
+        for (int i = thread_index(); i < 8 * kTokenTiles * params.num_slots; i += kThreads) {
+            int id = i < params.tokens * params.num_slots ? params.ids[i] : -1;
             bool valid = id >= -1 && id < params.num_adapters;
             ids[i / params.num_slots][i % params.num_slots] = valid ? id : 0;
-            gates[i / params.num_slots][i % params.num_slots] = valid ? params.gates[i] : bits_to_float(0x7fffffffu);
+            gates[i / params.num_slots][i % params.num_slots] = !valid ? bits_to_float(0x7fffffffu) : id >= 0 ? params.gates[i] : 0.0f;
             used |= id != -1;
         }
         return block_any(used);
@@ -89,8 +88,9 @@ struct Routing {
 
     FM_DEVICE bool choose_all(const LinearParams& params) {
         int lane = thread_index() % kWarpLanes;
-        for (int token = thread_index() / kWarpLanes; token < params.tokens; token += kWarps) {
-            Slot slot = choose(params.logits + token * params.num_adapters, params.num_adapters, params.num_slots, params.normalize != 0);
+        for (int token = thread_index() / kWarpLanes; token < 8 * kTokenTiles; token += kWarps) {
+            const float* logits = params.logits + token * params.num_adapters;
+            Slot slot = choose(logits, token < params.tokens ? params.num_adapters : 0, params.num_slots, params.normalize != 0);
             ids[token][lane] = slot.id;
             gates[token][lane] = slot.gate;
         }

@@ -17,7 +17,8 @@
 namespace fusedmerge {
 
 constexpr int kUnitSteps = kSplitCols / kStepCols;
-constexpr int kBatchSteps = 4;  // steps whose x is loaded together
+constexpr int kBatchSteps = 4;   // steps whose x is loaded together
+constexpr int kBatchTokens = 4;  // tokens whose squares are
 
 template <int kTokenTiles>
 struct PrologueMemory {
