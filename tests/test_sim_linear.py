@@ -56,8 +56,8 @@ def test_same_bits_whatever_runs_it(num_tokens, tensor_core):
 
 
 def test_long_rows_of_one_sign_with_the_least_accurate_tensor_cores():
-    """fp16 on an A100: two chains a warp leave a third of the bound, one would go beyond it."""
-    problem = kit.make(2, 16384, rows=(32,), dtype=torch.float16, positive=True, extras=False)
+    """fp16 on an A100: with two chains a warp the error comes to 0.8 of the bound."""
+    problem = kit.cancelled(kit.make(2, 16384, rows=(32,), dtype=torch.float16, positive=True, extras=False), None)
     y = linear.decode_group(Machine(tensor_core=0), problem.x, problem.targets).ys[0]
     kit.check(y, problem.x, problem.targets[0], None)
 
