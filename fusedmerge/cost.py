@@ -84,11 +84,14 @@ class Crossover:
         )
 
 
-def crossover(weights: Weights, bank: AdapterBank, k: int, *, mode: str = "exact", rates: Rates | None = None) -> Crossover:
+def crossover(
+    weights: Weights, bank: AdapterBank, k: int, *, mode: str = "exact", rates: Rates | None = None, launches: int | None = None
+) -> Crossover:
     """From how many tokens per mixture on merging is cheaper than fused application, in decoding at batch 1.
 
     weights: the model (or its tensors by name) that `bank` adapts; k: experts in a mixture; mode: the Switcher's. rates: what the device
-    does; by default measured, once in a process, in about a second. A batch whose tokens share one mixture counts as one token a step.
+    does; by default measured, once in a process, in about a second. launches: how many more a fused step has than the backbone's; by default
+    one for each target, as `lora_linear` has. A batch whose tokens share one mixture counts as one token a step.
 
     Raises UnknownNameError for targets that the model lacks; InvalidValueError for k outside [1, N] or another mode.
     """
@@ -100,7 +103,7 @@ def crossover(weights: Weights, bank: AdapterBank, k: int, *, mode: str = "exact
     device = bank.target(bank.targets[0]).a.device
     rates = rates or measure_rates(device)
     switch = switch_work(sizes, k, mode)
-    fused = fused_work(sizes, k, len(bank), second_pass=device.type == "cpu")
+    fused = fused_work(sizes, k, len(bank), launches=launches, second_pass=device.type == "cpu")
     switch_seconds, extra = switch.seconds(rates), fused.seconds(rates)
     return Crossover(switch_seconds / extra, switch_seconds, extra, switch, fused, rates)
 
@@ -132,8 +135,16 @@ def switch_work(targets: Iterable[TargetSize], k: int, mode: str = "exact") -> W
     return Work(nbytes, flops, 1)
 
 
-def fused_work(targets: Sequence[TargetSize], k: int, num_adapters: int, tokens: int = 1, *, second_pass: bool = False) -> Work:
-    """What one decode step of `tokens` tokens costs beyond the backbone's: the chosen experts' factors, and one launch a target for A x.
+def fused_work(
+    targets: Sequence[TargetSize],
+    k: int,
+    num_adapters: int,
+    tokens: int = 1,
+    *,
+    launches: int | None = None,
+    second_pass: bool = False,
+) -> Work:
+    """What one decode step of `tokens` tokens costs beyond the backbone's: the chosen experts' factors, and `launches` (one a target).
 
     Tokens that route at random choose num_adapters (1 - (1 - k / num_adapters)^tokens) experts between them. second_pass: 16-bit weights
     are read twice, as `lora_linear` does on the CPU.
@@ -143,7 +154,7 @@ def fused_work(targets: Sequence[TargetSize], k: int, num_adapters: int, tokens:
     if second_pass:
         nbytes += sum(t.rows * t.cols * t.weight_itemsize for t in targets if t.weight_itemsize == 2)
     flops = sum(2 * tokens * k * target.rank * (target.rows + target.cols) for target in targets)
-    return Work(nbytes, flops, len(targets))
+    return Work(nbytes, flops, len(targets) if launches is None else launches)
 
 
 def _factor_bytes(target: TargetSize) -> int:
