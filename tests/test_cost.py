@@ -86,7 +86,7 @@ def test_crossover_divides_a_switch_by_a_token(subject):
 def test_crossover_reads_well(subject):
     text = repr(fm.crossover(*subject, 2, rates=RATES))
     assert text.startswith("Crossover(merge where a mixture lives for more than ")
-    assert " tokens: switch " in text and " ms a token (" in text and "copy 1 GB/s" in text
+    assert " tokens: switch " in text and " ms a token (" in text and "at 1 GB/s" in text
 
 
 def test_rates_are_measured_once(subject, monkeypatch):

@@ -44,7 +44,8 @@ def _kernel(name: str) -> Callable[[Kernel], Kernel]:
     def register(function: Kernel) -> Kernel:
         @functools.wraps(function)
         def without_autocast(first: torch.Tensor, *rest: Any) -> Any:
-            with torch.autocast(first.device.type, enabled=False):
+            device = first.device.type
+            with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
                 return function(first, *rest)
 
         _library.impl(name, without_autocast, "CompositeExplicitAutograd")
