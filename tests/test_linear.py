@@ -11,6 +11,7 @@ import torch
 from fusedmerge import backend
 from fusedmerge.backend import linear
 from fusedmerge.backend.linear import Known, Norm, Router, Silu
+from fusedmerge.errors import InvalidValueError
 from tests import linear_kit as kit
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -43,18 +44,21 @@ def apply(where, problem, source=None):
 )
 def test_shapes(where, dtype, num_tokens, cols, rows, rank):
     problem = kit.make(num_tokens, cols, rows=(rows,), ranks=(rank,), dtype=dtype)
-    kit.check(apply(where, problem).ys[0], problem.x, problem.targets[0], problem.known)
+    for case in (problem, kit.cancelled(problem, problem.known)):
+        kit.check(apply(where, case).ys[0], case.x, case.targets[0], case.known)
 
 
 def test_rank_512_and_many_slots(where):
     problem = kit.make(2, 40, rows=(19,), ranks=(512,), adapters=40, k=32)
+    problem = kit.cancelled(problem, problem.known)
     kit.check(apply(where, problem).ys[0], problem.x, problem.targets[0], problem.known)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_long_rows_of_one_sign(where, dtype):
-    """What a tensor core loses by truncation adds up: one chain over 16,384 columns would be beyond the bound."""
+    """What a tensor core loses by truncation adds up: one chain over all columns would be far beyond the bound."""
     problem = kit.make(2, 16384, rows=(16,), ranks=(16,), dtype=dtype, positive=True)
+    problem = kit.cancelled(problem, problem.known)
     kit.check(apply(where, problem).ys[0], problem.x, problem.targets[0], problem.known)
 
 
@@ -82,6 +86,14 @@ def test_no_tokens_no_rows_no_slots(where):
     assert linear.decode_group(where, problem.x, [target]).ys[0].shape == (2, 0)
     slotless = Known(problem.ids[:, :0], problem.gates[:, :0])
     kit.check(linear.decode_group(where, problem.x, problem.targets, slotless).ys[0], problem.x, problem.targets[0], slotless)
+
+
+def test_too_much_is_refused(where):
+    for problem in (kit.make(17, 8), kit.make(1, 8, rows=(1,) * 5), kit.make(1, 8, k=33)):
+        with pytest.raises(InvalidValueError, match=r"at most (16 tokens|4 matrices|32 slots)"):
+            apply(where, problem)
+    with pytest.raises(InvalidValueError, match="at most 4096 adapters"):
+        linear.route(where, problem.x, torch.zeros(4097, 8, dtype=problem.x.dtype), 2)
 
 
 # ---- whose adapters -----------------------------------------------------------------------------------------------

@@ -18,13 +18,15 @@ from fusedmerge.backend import linear_params as lp
 from fusedmerge.backend.compiler import Kernel
 from fusedmerge.backend.kernels import Launcher, launcher
 from fusedmerge.backend.linear_params import LinearParams, LinearTarget, RouteParams
+from fusedmerge.backend.params import MAX_SLOTS
+from fusedmerge.errors import InvalidValueError
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["Applied", "Known", "Norm", "Router", "Silu", "Target", "decode_group", "decode_linear", "route"]
 
-MAX_SLOTS = 32  # k
+_MAX_ROUTED = 4096  # N of the router alone: its logits are in 48 KB of shared memory
 _PROLOGUE_BYTES = {1: 71968, 2: 78400}  # kPrologueSharedBytes, by tiles of eight tokens
 _GEMV_BYTES = {1: 92160, 2: 94208}  # kGemvSharedBytes
 _GEMV_BLOCKS = 2  # kBlocksPerMultiprocessor
@@ -92,8 +94,10 @@ def route(
     """The k adapters that score highest for each token, and their gates: one launch (`ops.route_topk` tells the meaning).
 
     x [T, in], router_weight [N, in] (N up to 4096, k up to 32), mask int32 [T] (0: padding, which gets ids -1 and gates 0)
-    -> ids int32 [T, k], gates float32 [T, k]
+    -> ids int32 [T, k], gates float32 [T, k]. Raises InvalidValueError for larger N and k.
     """
+    _check_count("k", "slots of a token", k, MAX_SLOTS)
+    _check_count("router_weight", "adapters", len(router_weight), _MAX_ROUTED)
     ids, gates = _empty_routing(x, k)
     params = RouteParams(
         x=x.data_ptr(),
@@ -141,8 +145,11 @@ def decode_group(
     """Up to four linears that share x [T, in], T up to 16: two launches; one where there is neither adapter nor source.
 
     routing: None applies no adapter. source: how x is made, from the given input; None: it is the input. All targets have the same N.
+    Raises InvalidValueError for more of anything.
     """
     where = _launcher(backend, x)
+    _check_count("x", "tokens", len(x), lp.MAX_TOKENS)
+    _check_count("targets", "matrices", len(targets), lp.MAX_TARGETS)
     group = _Group(x, targets, routing, source)
     if not len(x):
         return group.applied
@@ -150,7 +157,7 @@ def decode_group(
     tiles = -(-len(x) // 8)
     if group.needs_prologue:
         kernel = Kernel("lora_linear.cuh", "LinearParams", f"run_prologue<{number}, {tiles}>", f"prologue_{name}_{8 * tiles}")
-        where.launch(kernel, group.params, group.prologue_grid(where.num_multiprocessors), _PROLOGUE_BYTES[tiles])
+        where.launch(kernel, group.params, group.prologue_grid(where.num_multiprocessors), _PROLOGUE_BYTES[tiles], programmatic=True)
     blocks = min(_GEMV_BLOCKS, max(1, where.shared_bytes_limit // _GEMV_BYTES[tiles])) * where.num_multiprocessors
     waves = -(-group.params.num_tiles // blocks)
     kernel = Kernel("lora_linear.cuh", "LinearParams", f"run_gemv<{number}, {tiles}>", f"gemv_{name}_{8 * tiles}", blocks=_GEMV_BLOCKS)
@@ -227,6 +234,7 @@ class _Group:
             self._ids, self._gates = routing.ids.contiguous(), routing.gates.contiguous()
             self._num_choices = self._ids.numel()
         params.num_slots = self._ids.shape[1]
+        _check_count("ids", "slots of a token", params.num_slots, MAX_SLOTS)
         params.ids, params.gates = self._ids.data_ptr(), self._gates.data_ptr()
         return _flags((routing.weight, lp.ROUTER_ALIGNED)) if isinstance(routing, Router) else 0
 
@@ -264,6 +272,11 @@ def _describe(described: LinearTarget, target: Target, y: torch.Tensor) -> None:
         described.flags |= _flags((target.a, lp.A_ALIGNED), (target.b, lp.B_ALIGNED))
 
 
+def _check_count(name: str, things: str, count: int, limit: int) -> None:
+    if count > limit:
+        raise InvalidValueError("lora_linear", name, f"at most {limit} {things} in a launch", count)
+
+
 def _launcher(backend: str | Launcher, x: torch.Tensor) -> Launcher:
     return launcher(backend, x.device) if isinstance(backend, str) else backend
 
@@ -295,5 +308,5 @@ def _flags(*pairs: tuple[torch.Tensor, int]) -> int:
 
 
 def _aligned(tensor: torch.Tensor) -> bool:
-    steps = (tensor.data_ptr(), *(stride * tensor.element_size() for stride in tensor.stride()[:-1]))
-    return math.gcd(16, *steps) == 16
+    steps = (stride for stride, size in zip(tensor.stride()[:-1], tensor.shape, strict=False) if size > 1)
+    return math.gcd(16, tensor.data_ptr(), *(step * tensor.element_size() for step in steps)) == 16

@@ -150,7 +150,7 @@ struct Gemv {
             int token = lane / 4 + 8 * n;
             if (token >= params.tokens) continue;
             const T* x = static_cast<const T*>(params.x) + token * params.x_stride + (count > 0 ? col : 0);
-            copy_octet(&memory.stages[stage][warp][2 + n][lane], x, count, (params.flags & kXAligned) != 0);
+            cached_octet(&memory.stages[stage][warp][2 + n][lane], x, count, (params.flags & kXAligned) != 0);
         }
     }
 
