@@ -79,11 +79,13 @@ def test_without_scaling_bias_and_residual(where):
     kit.check(y, problem.x, target, problem.known)
 
 
-def test_no_tokens_no_rows_no_slots(where):
+def test_no_tokens_no_rows_no_adapters_no_slots(where):
     problem = kit.make(2, 40)
     assert apply(where, problem.tokens([])).ys[0].shape == (0, 35)
     target = replace(problem.targets[0], weight=problem.targets[0].weight[:0], a=None, b=None, bias=None, residual=None)
     assert linear.decode_group(where, problem.x, [target]).ys[0].shape == (2, 0)
+    target = replace(problem.targets[0], a=problem.targets[0].a[:0], b=problem.targets[0].b[:0])
+    kit.check(linear.decode_group(where, problem.x, [target], problem.known).ys[0], problem.x, target, None)  # N = 0
     slotless = Known(problem.ids[:, :0], problem.gates[:, :0])
     kit.check(linear.decode_group(where, problem.x, problem.targets, slotless).ys[0], problem.x, problem.targets[0], slotless)
 
@@ -196,6 +198,25 @@ def test_a_source_without_adapters(where):
     problem = kit.make(2, 100)
     applied = linear.decode_group(where, problem.x, problem.targets, None, Silu(problem.x))
     kit.check(applied.ys[0], applied.x, problem.targets[0], None)
+
+
+def test_gates_after_the_non_linearity_are_pseudo_tokens(where):
+    """MixLoRA: each of a token's experts has an MLP of its own. Every (token, expert) is a token with one slot; W is still read once."""
+    problem = kit.make(3, 72, rows=(40, 40), ranks=(8,), extras=False)
+    problem.ids.clamp_(min=0)
+    down = kit.make(6, 40, rows=(72,), ranks=(8,), extras=False, seed=1).targets[0]
+    each = Known(problem.ids.reshape(6, 1), torch.ones(6, 1))
+    up = linear.decode_group(where, problem.x.repeat_interleave(2, 0), problem.targets, each)
+    mlp = linear.decode_group(where, up.ys[0], [down], each, Silu(up.ys[1]))
+    y = (mlp.ys[0].float() * problem.gates.reshape(6, 1)).reshape(3, 2, 72).sum(1)
+    x, ids, gates = kit.wide(problem.x), problem.ids.tolist(), problem.gates.tolist()
+    for t in range(3):
+        exact = np.zeros(72)
+        for n, gate in zip(ids[t], gates[t], strict=True):
+            through = [kit.wide(m.weight) + kit.wide(m.b[n]) @ kit.wide(m.a[n]) for m in (*problem.targets, down)]
+            hidden = through[0] @ x[t]
+            exact += gate * (through[2] @ (hidden / (1 + np.exp(-hidden)) * (through[1] @ x[t])))
+        assert np.abs(kit.wide(y[t]) - exact).max() < 2.0**-6 * np.abs(exact).max()
 
 
 # ---- the router ------------------------------------------------------------------------------------------------------

@@ -43,6 +43,11 @@ class Target:
     bias: torch.Tensor | None = None  # [out]
     residual: torch.Tensor | None = None  # [T, out]
 
+    @property
+    def rank(self) -> int:
+        """r; 0 where there is no adapter."""
+        return 0 if self.a is None or not len(self.a) else self.a.shape[1]
+
 
 @dataclass(frozen=True)
 class Norm:
@@ -243,7 +248,7 @@ class _Group:
 
         params = self.params
         num_places = params.num_splits * params.tokens * (params.num_adapters if params.router else params.num_slots)
-        pitches = [0 if t.a is None else -(-t.a.shape[1] // lp.Z_PITCH_STEP) * lp.Z_PITCH_STEP for t in targets]
+        pitches = [-(-t.rank // lp.Z_PITCH_STEP) * lp.Z_PITCH_STEP for t in targets]
         self._z = _empty(num_places * sum(pitches), like=ys[0], dtype=torch.float32)
         offset = 0
         for target, y, pitch, described in zip(targets, ys, pitches, params.targets, strict=False):
@@ -251,8 +256,8 @@ class _Group:
             described.z, described.z_pitch = self._z[offset:].data_ptr(), pitch
             described.first_tile, described.first_rank_tile = params.num_tiles, params.num_rank_tiles
             params.num_tiles += -(-len(target.weight) // lp.TILE_ROWS)
+            params.num_rank_tiles += -(-target.rank // lp.TILE_ROWS)
             if target.a is not None:
-                params.num_rank_tiles += -(-target.a.shape[1] // lp.TILE_ROWS)
                 params.num_adapters = len(target.a)
             offset += num_places * pitch
 
@@ -265,10 +270,10 @@ def _describe(described: LinearTarget, target: Target, y: torch.Tensor) -> None:
     described.flags = _flags((target.weight, lp.WEIGHT_ALIGNED))
     if target.residual is not None:
         described.residual, described.residual_stride = target.residual.data_ptr(), target.residual.stride(0)
-    if target.a is not None and target.b is not None:
+    if target.rank and target.a is not None and target.b is not None:
         described.a, (described.a_adapter_stride, described.a_row_stride, _) = target.a.data_ptr(), target.a.stride()
         described.b, (described.b_adapter_stride, described.b_row_stride, _) = target.b.data_ptr(), target.b.stride()
-        described.rank = target.a.shape[1]
+        described.rank = target.rank
         described.flags |= _flags((target.a, lp.A_ALIGNED), (target.b, lp.B_ALIGNED))
 
 
