@@ -140,7 +140,7 @@ def test_without_the_variable_cpu_tensors_go_to_torch(calls, monkeypatch):
     monkeypatch.delenv("FUSEDMERGE_BACKEND", raising=False)
     library._backend.cache_clear()
     half = torch.zeros(1, dtype=torch.bfloat16)
-    assert library.implementation(4, 2, half, half) == "torch"
+    assert library.implementation("lora_linear", 4, 2, half, half) == "torch"
 
 
 def test_a_backend_that_was_asked_for_and_cannot_be_used_is_an_error(monkeypatch):
@@ -160,6 +160,6 @@ def test_a_gpu_without_a_backend_runs_torch_and_says_so_once(monkeypatch, caplog
     if usable["jit"] or usable["aot"]:
         pytest.skip("there is one here")
     with caplog.at_level(logging.WARNING):
-        assert [library._backend("cuda", "", "") for _ in range(2)] == ["cpu", "cpu"]
+        assert [library._backend("route_topk", "cuda", "", "") for _ in range(2)] == ["cpu", "cpu"]
     library._backend.cache_clear()
-    assert len(caplog.records) == 1 and "run in torch on cuda" in caplog.text and "aot: " in caplog.text
+    assert len(caplog.records) == 1 and "route_topk runs in torch on cuda" in caplog.text and "aot: " in caplog.text

@@ -79,19 +79,21 @@ def layer_operands(tokens, dtype=torch.float32):
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_without_a_graph_break(backend):
     torch._dynamo.reset()
-    operators = []
+    operators, graphs = [], []
 
     def count(graph, example_inputs):
+        graphs.append(graph)
         operators.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
         return torch._dynamo.lookup_backend(backend)(graph, example_inputs)
 
     compiled = torch.compile(layer, fullgraph=True, backend=count)
-    for tokens in (4, 6, 40):  # the second length makes it dynamic
+    for tokens in (4, 6, 40, 17):  # the second length makes it dynamic
         operands = layer_operands(tokens)
         y, expected = compiled(*operands), layer(*operands)
         torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
         for got, wanted in zip(torch.autograd.grad(y.sum(), operands), torch.autograd.grad(expected.sum(), operands), strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    assert len(graphs) == 2
     assert any("lora_linear" in name for name in operators) and any("route_topk" in name for name in operators)
 
 
@@ -204,6 +206,29 @@ def test_only_what_is_needed_is_computed(tokens, monkeypatch):
         fm.lora_linear(*some).sum().backward()
         assert asked.pop() == [index == place for place in range(5)]
         assert [n for n in NAMES if getattr(some, n).grad is not None] == [name]
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_gates_and_scaling_keep_their_dtypes(tokens, kind):
+    plain = differentiable(make(tokens, torch.float32), ["gates", "scaling"])
+    other = plain._replace(gates=plain.gates.detach().to(kind), scaling=plain.scaling.detach().to(kind))
+    other = differentiable(other, ["gates", "scaling"])
+    for operands in (plain, other):
+        fm.lora_linear(*operands).sum().backward()
+    for name in ("gates", "scaling"):
+        got, expected = getattr(other, name).grad, getattr(plain, name).grad
+        assert got.dtype == kind
+        torch.testing.assert_close(got.float(), expected, rtol=0.03, atol=0.03 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("empty", ["tokens", "k", "r", "n_in", "n_out"])
+def test_gradients_of_nothing(empty):
+    sizes = {"tokens": 3, "k": 2, "num_adapters": 4, "r": 3, "n_in": 6, "n_out": 5} | {empty: 0}
+    operands = differentiable(ops_kit.make(**sizes, dtype=torch.float32, popularity="identical"))
+    fm.lora_linear(*operands).sum().backward()
+    for name in NAMES:
+        assert getattr(operands, name).grad.shape == getattr(operands, name).shape
 
 
 def test_unused_adapters_get_a_gradient_of_zero():

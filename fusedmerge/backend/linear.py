@@ -67,7 +67,7 @@ class Silu:
 
 @dataclass(frozen=True)
 class Known:
-    """Each token's slots: -1 is an empty one. Another id outside [0, N) makes the token's y NaN."""
+    """Each token's slots: -1, or any id outside [0, N), is an empty one."""
 
     ids: torch.Tensor  # int32 [T, k], k up to 32
     gates: torch.Tensor  # float32 [T, k]

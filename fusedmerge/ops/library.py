@@ -44,7 +44,8 @@ def _kernel(name: str) -> Callable[[Kernel], Kernel]:
     def register(function: Kernel) -> Kernel:
         @functools.wraps(function)
         def without_autocast(first: torch.Tensor, *rest: Any) -> Any:
-            with torch.autocast(first.device.type, enabled=False):
+            device = first.device.type
+            with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
                 return function(first, *rest)
 
         _library.impl(name, without_autocast, "CompositeExplicitAutograd")
@@ -56,7 +57,7 @@ def _kernel(name: str) -> Callable[[Kernel], Kernel]:
 # ---------------------------------------------------------------------- which implementation
 
 
-def implementation(num_adapters: int, k: int, *tensors: torch.Tensor) -> str:
+def implementation(operation: str, num_adapters: int, k: int, *tensors: torch.Tensor) -> str:
     """What runs an operation on these tensors: "sim", "jit" or "aot" (the CUDA kernels: one 16-bit dtype, limited N and k), or "torch".
 
     Raises BackendError for a backend that FUSEDMERGE_BACKEND names and that cannot be used here.
@@ -66,19 +67,19 @@ def implementation(num_adapters: int, k: int, *tensors: torch.Tensor) -> str:
         return "torch"
     if x.device.type not in ("cpu", "cuda") or k > MAX_SLOTS or num_adapters > MAX_ADAPTERS:
         return "torch"
-    name = _backend(x.device.type, os.environ.get("FUSEDMERGE_BACKEND", ""), os.environ.get("FUSEDMERGE_SIM_LIB", ""))
+    name = _backend(operation, x.device.type, os.environ.get("FUSEDMERGE_BACKEND", ""), os.environ.get("FUSEDMERGE_SIM_LIB", ""))
     return "torch" if name == "cpu" else name
 
 
 @functools.cache
-def _backend(device_type: str, asked: str, _sim_library: str) -> str:
+def _backend(operation: str, device_type: str, asked: str, _sim_library: str) -> str:
     """`backend.choose`, asked once for each state of the environment. On a GPU without any, unless one was asked for: torch."""
     try:
-        return backend.choose(torch.device(device_type), "lora_linear")
+        return backend.choose(torch.device(device_type), operation)
     except BackendError as error:
         if asked:
             raise
-        logger.warning("lora_linear and route_topk run in torch on %s: %s", device_type, error)
+        logger.warning("%s runs in torch on %s: %s", operation, device_type, error)
         return "cpu"
 
 
@@ -96,7 +97,7 @@ def _lora_linear(*given: Any) -> torch.Tensor:
     x, weight, a, b, ids, _, _, bias = flat = operands.flat()
     if x.device.type == "cpu":
         check_values(operands.ids, operands.gates, len(a))
-    name = implementation(len(a), ids.shape[1], x, weight, a)
+    name = implementation("lora_linear", len(a), ids.shape[1], x, weight, a)
     if 0 in (*flat.x.shape, *a.shape, *b.shape, ids.shape[1]):
         y = linear(x, weight, bias)
     elif name != "torch":
@@ -150,11 +151,14 @@ def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> Non
 
 def _differentiate_linear(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     operands = Operands(*ctx.saved_tensors)
-    flat, grad = operands.flat(), grad.reshape(-1, len(operands.weight))
+    flat = operands.flat()
+    grad = grad.reshape(flat.x.shape[0], operands.weight.shape[0])
     of_x, of_weight, of_a, of_b, _, of_gates, of_scaling, of_bias = ctx.needs_input_grad
     needs = [of_x, of_a, of_b, of_gates, of_scaling]
-    if torch.is_grad_enabled():  # to be differentiated again
-        found: Any = torch_linear.all_adapters_backward(grad, flat, needs)
+    if not any(needs):
+        found: Any = needs
+    elif torch.is_grad_enabled():  # to be differentiated again
+        found = torch_linear.all_adapters_backward(grad, flat, needs)
     else:
         found = torch.ops.fusedmerge.lora_linear_backward(grad, *flat, needs)
     dx, da, db, dgates, dscaling = (gradient if need else None for gradient, need in zip(found, needs, strict=True))
@@ -177,7 +181,7 @@ _define("route_topk", "(Tensor x, Tensor router_weight, int k, bool normalize) -
 def _route_topk(x: torch.Tensor, router_weight: torch.Tensor, k: int, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
     check_route(x, router_weight, k)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    name = implementation(len(router_weight), k, x, router_weight)
+    name = implementation("route_topk", len(router_weight), k, x, router_weight)
     if name == "torch" or rows.numel() == 0:
         with exact_products():
             ids, gates = torch_route.route(rows, router_weight, k, normalize)

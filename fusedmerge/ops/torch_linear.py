@@ -25,7 +25,7 @@ DECODE_TOKENS = 16  # up to here a call is a decode step: one rounding, and on a
 
 
 class Gradients(NamedTuple):
-    """Of the operands that are not plain linear algebra; None where it was not asked for."""
+    """Of all operands but weight and bias, whose gradients need no adapter; None where one was not asked for."""
 
     x: torch.Tensor | None
     a: torch.Tensor | None
@@ -65,7 +65,7 @@ def _few_tokens(operands: Operands) -> torch.Tensor:
     for expert, members in chosen.items():
         a_wide, b_wide = a[expert].to(y.dtype), b[expert].to(y.dtype)
         if len(x) == len(members) == 1:
-            y.addmm_(linear(x_wide, a_wide), b_wide.T, alpha=members[0][1])
+            y.addmm_(linear(x_wide, a_wide) * members[0][1], b_wide.T)
         else:
             tokens, coefficients = torch.tensor([t for t, _ in members]), y.new_tensor([[c] for _, c in members])
             y.index_add_(0, tokens, linear(linear(x_wide[tokens], a_wide) * coefficients, b_wide))
@@ -93,17 +93,22 @@ def by_expert_backward(grad: torch.Tensor, operands: Operands, needs: Sequence[b
     da = torch.zeros(a.shape, dtype=wide) if needs[1] else None
     db = torch.zeros(b.shape, dtype=wide) if needs[2] else None
     dots = coefficients.new_zeros(ids.numel())  # the gradient of each (token, slot) pair's coefficient
+    of_coefficients = needs[3] or needs[4]
     for expert, pairs in _groups(_chosen(ids, len(a)), len(a)):
         tokens, coefficient = pairs // ids.shape[1], coefficients.reshape(-1)[pairs, None]
         a_wide, b_wide = a[expert].to(wide), b[expert].to(wide)
-        z, u = linear(x_wide[tokens], a_wide), grad_wide[tokens] @ b_wide  # [n, r] each
-        dots[pairs] = (z * u).sum(dim=1)
+        if db is not None or of_coefficients:
+            z = linear(x_wide[tokens], a_wide)  # [n, r]
+        if dx is not None or da is not None or of_coefficients:
+            u = grad_wide[tokens] @ b_wide  # [n, r]
         if dx is not None:
             dx.index_add_(0, tokens, (u * coefficient) @ a_wide)
         if da is not None:
             da[expert] = (u * coefficient).T @ x_wide[tokens]
         if db is not None:
             db[expert] = grad_wide[tokens].T @ (z * coefficient)
+        if of_coefficients:
+            dots[pairs] = (z * u).sum(dim=1)
     return _in_operands_dtypes(operands, needs, dx, da, db, dots.view(ids.shape))
 
 
@@ -201,7 +206,7 @@ def _in_operands_dtypes(
     dgates = (dots * _scales(operands, chosen)).to(gates.dtype) if needs[3] else None
     dscaling = None
     if needs[4] and scaling is not None:
-        products = torch.where(chosen >= 0, dots * gates, 0.0).reshape(-1)
+        products = torch.where(chosen >= 0, dots * gates.to(dots.dtype), 0.0).reshape(-1)
         dscaling = dots.new_zeros(len(a)).scatter_add(0, chosen.clamp_min(0).reshape(-1), products).to(scaling.dtype)
     dx, da, db = (None if d is None else d.to(operand.dtype) for d, operand in ((dx, x), (da, a), (db, b)))
     return Gradients(dx, da, db, dgates, dscaling)
