@@ -184,7 +184,7 @@ def test_a_router_without_a_width_yet_is_trained_by_the_optimiser_that_holds_it(
 def test_a_model_whose_order_changes_is_noticed():
     model = fm.moe.inject(Backwards(), config(), 4)
     model(torch.randn(9, 6))
-    model.forward = model.second
+    model.forward = lambda x: model.second(torch.tanh(x))
     with pytest.raises(StateError, match="expected first to run first"):
         model(torch.randn(9, 5))
 
@@ -257,7 +257,7 @@ def test_a_configuration_that_cannot_be_is_refused(fields, error, match):
 
 def quantised():
     class Params4bit(nn.Parameter):
-        pass
+        """bitsandbytes' is told by its name."""
 
     model = tiny()
     layer = model.model.layers[1].mlp.up_proj
@@ -304,7 +304,8 @@ BAD_MODELS = [
     (peft_model, {}, StateError, "no adapter wraps"),
     (quantised, {}, DtypeError, "up_proj: expected a plain floating-point weight"),
     (lambda: tiny().to("meta"), {}, DeviceError, "meta"),
-    (with_forward_of_its_own, {}, InvalidTypeError, "a forward of its own"),
+    (with_forward_of_its_own, {}, InvalidTypeError, "Scaled"),
+    (lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))), {}, InvalidTypeError, "a weight of its own"),
 ]
 
 
