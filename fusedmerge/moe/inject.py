@@ -142,11 +142,20 @@ def _install(model: nn.Module, made: Structure, parts: dict[str, nn.Module], sha
         part.training = module.training
         setattr(where, leaf, part)
         made._undo.append(partial(setattr, where, leaf, module))
+    for where, attribute in _shortcuts(model):
+        made._undo.append(partial(setattr, where, attribute, getattr(where, attribute)))
+        setattr(where, attribute, False)
     if shared:
         model.add_module("lora_routers", nn.ModuleDict(shared).train(model.training))
         made._undo.append(partial(delattr, model, "lora_routers"))
     made.attach()
     return model
+
+
+def _shortcuts(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """What lets torch's own encoder compute with its linears' weights in evaluation, without calling them."""
+    kinds = ((nn.TransformerEncoderLayer, "activation_relu_or_gelu"), (nn.TransformerEncoder, "use_nested_tensor"))
+    return [(module, name) for module in model.modules() for kind, name in kinds if isinstance(module, kind)]
 
 
 def _embedding(model: Any) -> nn.Embedding | None:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fusedmerge as fm
-from fusedmerge.errors import FormatError, InvalidTypeError, InvalidValueError, MissingFileError, StateError
+from fusedmerge.errors import FormatError, InvalidTypeError, InvalidValueError, MissingFileError, StateError, UnknownNameError
 from tests.moe.material import SIZES, adapted, config, tiny, tokens
 from tests.moe.test_inject import Backwards
 
@@ -199,7 +199,7 @@ class Project:
     def write(self, directory, **fields):
         directory.mkdir()
         c = self.made.config
-        common = {"r": c.r, "lora_alpha": c.lora_alpha, "lora_dropout": 0.0, "bias": "none", "target_modules": ["q_proj"]}
+        common = {"r": c.r, "lora_alpha": c.lora_alpha, "lora_dropout": 0.25, "bias": "none", "target_modules": ["q_proj"]}
         (directory / "adapter_config.json").write_text(json.dumps(common | fields))
         torch.save(self.tensors, directory / "adapter_model.bin")
         return directory
@@ -228,7 +228,16 @@ def test_moe_pefts_layouts(method, tmp_path):
     model, ids = adapted(method), tokens()
     fields = {"num_experts": 4, "peft_type": method.upper(), "routing_strategy": method} | ({"top_k": 2} if method != "loramoe" else {})
     directory = MoEPEFT(model).write(tmp_path / "a", **fields)
-    torch.testing.assert_close(fm.moe.load(tiny(), directory)(ids).logits, model(ids).logits)
+    loaded = fm.moe.load(tiny(), directory)
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+    assert fm.moe.structure(loaded).config.lora_dropout == 0.25
+    shallow = tiny(num_hidden_layers=1)
+    with pytest.raises((FormatError, UnknownNameError)):
+        fm.moe.load(shallow, directory)
+    assert shallow.state_dict().keys() == tiny(num_hidden_layers=1).state_dict().keys()
+    if method == "mixlora":
+        with pytest.raises(FormatError, match="act_fn"):
+            fm.moe.load(tiny(), MoEPEFT(model).write(tmp_path / "b", **fields, act_fn="gelu"))
 
 
 def test_molas_own_layout_with_experts_by_layer(tmp_path):
