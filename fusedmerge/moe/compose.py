@@ -17,7 +17,7 @@ from fusedmerge.moe.inject import eject, inject
 from fusedmerge.moe.published import stacked
 from fusedmerge.moe.routing import TableRouter
 from fusedmerge.moe.structure import Structure, structure
-from fusedmerge.moe.targets import make_plan
+from fusedmerge.moe.targets import make_plan, token_embedding
 
 if TYPE_CHECKING:
     PathLike = str | os.PathLike[str]
@@ -140,8 +140,8 @@ def token_table(model: Any, chunk: int = 4096) -> TableRouter:
     """
     made = structure(model)
     router, first = made.routers.get("router"), next(iter(made.linears.values()), None)
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    if made.config.method != "lora_switch" or router is None or first is None or not isinstance(embedding, nn.Embedding):
+    embedding = token_embedding(model)
+    if made.config.method != "lora_switch" or router is None or first is None or embedding is None:
         raise StateError("token_table", "model", "a transformers model with lora_switch", f"{type(model).__name__}, {made.config.method}")
     if isinstance(router, TableRouter):
         return router

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +14,7 @@ from fusedmerge.moe.config import LoRAMoEConfig
 from fusedmerge.moe.layers import MoELinear
 from fusedmerge.moe.routing import Router, TableRouter
 from fusedmerge.moe.structure import _ATTRIBUTE, Structure, structure
-from fusedmerge.moe.targets import Plan, Site, make_plan
+from fusedmerge.moe.targets import Plan, Site, make_plan, token_embedding
 from fusedmerge.moe.xlora import XLoRAClassifier, XLoRAOptions, hidden_size_of
 from fusedmerge.weights import canonical_name
 
@@ -112,7 +111,7 @@ def _shared_routers(made: Structure, plan: Plan, generator: torch.Generator) -> 
 
 def _random_table(made: Structure, generator: torch.Generator) -> TableRouter:
     """k distinct experts for each token id, at random, with equal gates (`compose` sets other tables)."""
-    embedding = _embedding(made.model)
+    embedding = token_embedding(made.model)
     if embedding is None:
         embedding = next((module for module in made.model.modules() if isinstance(module, nn.Embedding)), None)
     if embedding is None:
@@ -158,12 +157,6 @@ def _shortcuts(model: nn.Module) -> list[tuple[nn.Module, str]]:
     return [(module, name) for module in model.modules() for kind, name in kinds if isinstance(module, kind)]
 
 
-def _embedding(model: Any) -> nn.Embedding | None:
-    """A transformers model's embedding of token ids."""
-    found = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    return found if isinstance(found, nn.Embedding) else None
-
-
 class _Found(Exception):
     """Ends the probing forward."""
 
@@ -171,7 +164,7 @@ class _Found(Exception):
 def _find_places(model: nn.Module, plan: Plan, config: LoRAMoEConfig) -> dict[str, str]:
     """Shared router -> the linear of its group that a forward of one token reaches first; what no forward could show is left out."""
     groups = {_group(site, config) for site in plan.sites} - {""}
-    embedding = _embedding(model) if groups else None
+    embedding = token_embedding(model) if groups else None
     if embedding is None:
         return {}
     places: dict[str, str] = {}

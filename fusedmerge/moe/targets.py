@@ -15,7 +15,7 @@ from fusedmerge.errors import DeviceError, DtypeError, InvalidTypeError, Invalid
 from fusedmerge.moe.config import LoRAMoEConfig
 from fusedmerge.weights import canonical_name, collect
 
-__all__ = ["Block", "Plan", "Site", "make_plan"]
+__all__ = ["Block", "Plan", "Site", "layer_of", "make_plan", "token_embedding"]
 
 _FIRST_NUMBER = re.compile(r"^(?:.*?\.)?\d+(?=\.|$)")
 _GATED_MLP = ("gate_proj", "up_proj", "down_proj")
@@ -63,6 +63,15 @@ def layer_of(path: str) -> str:
     """
     match = _FIRST_NUMBER.match(path)
     return match[0] if match else ""
+
+
+def token_embedding(model: Any) -> nn.Embedding | None:
+    """A transformers model's embedding of token ids; None where there is none."""
+    try:
+        found = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return found if isinstance(found, nn.Embedding) else None
 
 
 def make_plan(model: nn.Module, config: LoRAMoEConfig, operation: str) -> Plan:

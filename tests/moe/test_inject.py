@@ -222,6 +222,23 @@ def test_a_sequential_and_a_bias():
     np.testing.assert_allclose(float64(model(x)), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_transformers_model_that_reads_no_tokens():
+    from transformers import ViTConfig, ViTModel
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12, "image_size": 8, "patch_size": 4}
+    torch.manual_seed(0)
+    model = fm.moe.inject(ViTModel(ViTConfig(**sizes), add_pooling_layer=False).eval(), config())
+    made = fm.moe.structure(model)
+    pixels = torch.randn(2, 3, 8, 8)
+    with made.recording() as records:
+        model(pixel_values=pixels)
+    (place,) = made.places.values()
+    assert ".0." in place
+    assert records[0].ids.shape == (2, 5, 2)  # four patches and [CLS]
+    with pytest.raises(StateError, match="token_table"):
+        fm.moe.token_table(model)
+
+
 def test_torchs_own_encoder_does_not_bypass_its_adapters():
     """In evaluation it would compute with the weights, and never call the linears."""
     torch.manual_seed(0)
