@@ -124,7 +124,7 @@ def _xlora(model: nn.Module, path: Path, values: dict[str, Any], adapters: Mappi
     if values.get("scaling_pass_value", 0.0) not in (0, 0.0):
         raise FormatError("load", "scaling_pass_value", "0 (a first pass of the bare model)", values["scaling_pass_value"])
     softmax, of_topk, top_k = values.get("enable_softmax", True), values.get("enable_softmax_topk", False), values.get("top_k_lora")
-    if softmax and of_topk and top_k is not None:
+    if softmax and of_topk:
         raise FormatError("load", "enable_softmax_topk", "a softmax over all or over the top k, not one of the other", "both")
     config = LoRAMoEConfig(
         method="xlora",
@@ -132,7 +132,7 @@ def _xlora(model: nn.Module, path: Path, values: dict[str, Any], adapters: Mappi
         top_k=top_k,
         r=max(pair.rank for pair in factors),
         target_modules=_modules(loaded),
-        gating="softmax_of_topk" if of_topk and top_k is not None else "topk_of_softmax",
+        gating="softmax_of_topk" if of_topk else "topk_of_softmax",
         train_experts=bool(values.get("use_trainable_adapters", False)),
         expert_names=tuple(named),
         xlora={
@@ -141,7 +141,7 @@ def _xlora(model: nn.Module, path: Path, values: dict[str, Any], adapters: Mappi
             "dropout": values.get("xlora_dropout_p", 0.2) if values.get("enable_relu_and_dropout", True) else 0.0,
             "relu": values.get("enable_relu_and_dropout", True),
             "layerwise": values.get("layerwise_scalings", False),
-            "softmax": bool(softmax or (of_topk and top_k is not None)),
+            "softmax": bool(softmax or of_topk),
             "temperature": values.get("softmax_temperature", 1.0) if softmax else 1.0,
             "global_scaling": values.get("global_scaling_weight", 1.0),
             "bias": values.get("use_bias", True),

@@ -269,6 +269,7 @@ def lora_directory(path, seed, r=2):
         {"layerwise_scalings": True, "softmax_temperature": 0.3},
         {"xlora_depth": 3, "xlora_size": 6, "top_k_lora": 2},
         {"top_k_lora": 1, "enable_softmax": False, "enable_softmax_topk": True},
+        {"enable_softmax": False, "enable_softmax_topk": True},
         {"enable_softmax": False, "global_scaling_weight": 0.5},
     ],
 )
@@ -323,6 +324,11 @@ def test_x_loras_authors_layout(tmp_path):
     elsewhere = fm.moe.load(tiny(), tmp_path / "x", adapters=[tmp_path / "x/adapters/e1", tmp_path / "x/adapters/e0"])
     name, linear = next(iter(fm.moe.structure(elsewhere).linears.items()))
     assert torch.equal(linear.lora_A.flip(0), made.linears[name].lora_A)
+    for field, value in (("scaling_pass_value", 0.5), ("enable_softmax_topk", True)):
+        (tmp_path / "x/xlora_config.json").write_text(json.dumps(values | {field: value}))
+        with pytest.raises(FormatError, match=field):
+            fm.moe.load(tiny(), tmp_path / "x")
+    (tmp_path / "x/xlora_config.json").write_text(json.dumps(values))
     with pytest.raises(MissingFileError, match="e0"):
         fm.moe.load(tiny(), tmp_path / "x", adapters={"e0": tmp_path / "none", "e1": tmp_path / "x/adapters/e1"})
     with pytest.raises(InvalidValueError, match="adapters"):
