@@ -14,7 +14,7 @@ from fusedmerge.errors import InvalidTypeError, InvalidValueError, StateError, U
 from fusedmerge.formats.lora import Adapter, Factors
 from fusedmerge.moe.config import LoRAMoEConfig
 from fusedmerge.moe.inject import eject, inject
-from fusedmerge.moe.published import stacked
+from fusedmerge.moe.published import PREFIX, stacked
 from fusedmerge.moe.routing import TableRouter
 from fusedmerge.moe.structure import Structure, structure
 from fusedmerge.moe.targets import make_plan, token_embedding
@@ -70,7 +70,7 @@ def compose(
         for name, part in made.parts.items():
             for attribute, field in (("lora_A", "lora_A.weight"), ("lora_B", "lora_B.weight"), ("scaling", "scaling")):
                 own: torch.Tensor = getattr(part, attribute)
-                own.data.copy_(tensors[f"base_model.model.{name}.{field}"])
+                own.data.copy_(tensors[f"{PREFIX}{name}.{field}"])
         if rows is not None:
             _set_table(made, rows)
     except BaseException:

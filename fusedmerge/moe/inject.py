@@ -129,7 +129,7 @@ def _install(model: nn.Module, made: Structure, parts: dict[str, nn.Module], sha
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.requires_grad_(False)
-            made._undo.append(partial(parameter.requires_grad_, True))
+            made._undo.append(partial(setattr, parameter, "requires_grad", True))
     replacements: dict[int, nn.Module] = {id(part.base_layer): part for part in parts.values()}
     places = [  # found before anything moves: a block's linears are replaced as well as the block
         (model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], module)

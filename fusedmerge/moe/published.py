@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
     PathLike = str | os.PathLike[str]
 
-__all__ = ["is_published", "read", "stacked"]
+__all__ = ["PREFIX", "is_published", "read", "stacked"]
 
 Read = tuple[LoRAMoEConfig, dict[str, torch.Tensor], dict[str, str]]  # configuration, tensors by the names `save` gives them, places
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."  # of every tensor in a file, as PEFT has it
 
 
 def is_published(path: Path) -> bool:
@@ -77,7 +77,7 @@ def stacked(adapters: Sequence[Adapter], plan: Plan, r: int) -> dict[str, torch.
                 factors = given.oriented((rows, columns), False, "load", f"{adapters[index].name} on {site.name}")
                 a[index, : factors.rank], b[index, :, : factors.rank] = factors.a, factors.b
                 scaling[index] = factors.scaling
-        tensors |= {f"{_PREFIX}{module}.lora_A.weight": a, f"{_PREFIX}{module}.lora_B.weight": b, f"{_PREFIX}{module}.scaling": scaling}
+        tensors |= {f"{PREFIX}{module}.lora_A.weight": a, f"{PREFIX}{module}.lora_B.weight": b, f"{PREFIX}{module}.scaling": scaling}
     return tensors
 
 
@@ -109,7 +109,7 @@ def _experts_by_layer(model: nn.Module, checkpoint: MoECheckpoint, top_k: int | 
     tensors: dict[str, torch.Tensor] = {}
     for members, static in ((checkpoint.experts, False), (beside, True)):
         tensors |= stacked(members, Plan(tuple(site for site in plan.sites if site.static is static), ()), int(config.r or 0))
-    tensors |= {f"{_PREFIX}{name}.router.weight": router for name, router in checkpoint.routers.items()}
+    tensors |= {f"{PREFIX}{name}.router.weight": router for name, router in checkpoint.routers.items()}
     return config, tensors, {}
 
 
@@ -150,7 +150,7 @@ def _xlora(model: nn.Module, path: Path, values: dict[str, Any], adapters: Mappi
     tensors = stacked(loaded, make_plan(model, config, "load"), int(config.r or 0))
     for index, pair in enumerate(_classifier(path)):
         for attribute, tensor in pair.items():
-            tensors[f"{_PREFIX}router.layers.{index}.{attribute}"] = tensor
+            tensors[f"{PREFIX}router.layers.{index}.{attribute}"] = tensor
     return config, tensors, {}
 
 
