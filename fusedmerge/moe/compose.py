@@ -32,6 +32,7 @@ def compose(
     *,
     top_k: int = 2,
     table: Mapping[int, Choice] | None = None,
+    hold: bool = False,
     seed: int = 0,
     **options: Any,
 ) -> nn.Module:
@@ -40,8 +41,8 @@ def compose(
     adapters: PEFT directories, {name: directory}, or an AdapterBank. Adapters may differ in rank, scaling and targets; a target that an
     adapter lacks is 0 there. Factors become float32 and stay frozen (train_experts=True to train them). A router (top_k of them per token)
     is added on top, to be trained.
-    table: no router, but {token id: experts}: a name or number, several of them (gate 1 each), or {name: gate}. A token that is not in the
-    table has none. top_k is then the longest entry.
+    table: no router, but {token id: experts}: a name or number, several of them (gate 1 each), or {name: gate}; [] is none. A token that
+    is not in the table has none. top_k is then the longest entry. hold: it keeps the last choice before it instead (control tokens).
     options: further fields of LoRAMoEConfig.
 
     Raises as AdapterBank.from_peft and inject do; InvalidValueError, UnknownNameError for a table that does not fit.
@@ -57,7 +58,7 @@ def compose(
         top_k=max(len(row) for row in rows.values()) if rows else top_k,
         r=max(pair.rank for adapter in members for pair in adapter.targets.values()),
         target_modules=tuple(name.removesuffix(".weight") for name in bank.targets),
-        router="learned" if rows is None else "table",
+        router="learned" if rows is None else "control" if hold else "table",
         expert_names=bank.names,
         **{"train_experts": False, **options},
     )
@@ -117,11 +118,12 @@ def _set_table(made: Structure, rows: Mapping[int, Mapping[int, float]]) -> None
     assert isinstance(router, TableRouter)
     if max(rows) >= len(router.ids):
         raise InvalidValueError("compose", "table", f"token ids below {len(router.ids)} (the vocabulary)", max(rows))
-    ids, gates = torch.full_like(router.ids, -1), torch.zeros_like(router.gates)
+    ids, gates, steers = torch.full_like(router.ids, -1), torch.zeros_like(router.gates), torch.zeros_like(router.steers)
     for token, row in rows.items():
+        steers[token] = True
         for place, (expert, gate) in enumerate(row.items()):
             ids[token, place], gates[token, place] = expert, gate
-    router.ids, router.gates = ids, gates
+    router.ids, router.gates, router.steers = ids, gates, steers
 
 
 class _Reached(Exception):

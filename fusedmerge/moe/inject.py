@@ -96,7 +96,7 @@ def _shared_routers(made: Structure, plan: Plan, generator: torch.Generator) -> 
         return {
             "router": XLoRAClassifier(config, names, hidden_size_of(made.model, "inject"), generator, plan.sites[0].linear.weight.device)
         }
-    if config.router == "table":
+    if config.router != "learned":
         return {"router": _random_table(made, generator)}
     routers: dict[str, nn.Module] = {}
     for name in groups:
@@ -122,7 +122,7 @@ def _random_table(made: Structure, generator: torch.Generator) -> TableRouter:
     k, shape = int(made.config.top_k or 1), (embedding.num_embeddings, made.config.max_experts)
     ids = torch.rand(shape, generator=generator, device="cpu").argsort(dim=-1)[:, :k]
     device = embedding.weight.device
-    return TableRouter(ids.to(device), torch.full(ids.shape, 1 / k, device=device))
+    return TableRouter(ids.to(device), torch.full(ids.shape, 1 / k, device=device), made.config.router == "control")
 
 
 def _install(model: nn.Module, made: Structure, parts: dict[str, nn.Module], shared: dict[str, nn.Module]) -> nn.Module:

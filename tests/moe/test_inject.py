@@ -175,8 +175,11 @@ def test_a_router_without_a_width_yet_is_trained_by_the_optimiser_that_holds_it(
     router = fm.moe.structure(model).routers["router"]
     assert router.in_features is None
     optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with torch.inference_mode():
+        model(torch.randn(9, 6))
     model(torch.randn(9, 6)).square().sum().backward()
     before = router.weight.detach().clone()
+    assert not router.weight.is_inference()
     optimiser.step()
     assert not torch.equal(before, router.weight)
 
@@ -184,7 +187,7 @@ def test_a_router_without_a_width_yet_is_trained_by_the_optimiser_that_holds_it(
 def test_a_model_whose_order_changes_is_noticed():
     model = fm.moe.inject(Backwards(), config(), 4)
     model(torch.randn(9, 6))
-    model.forward = model.second
+    model.forward = lambda x: model.second(torch.tanh(x))
     with pytest.raises(StateError, match="expected first to run first"):
         model(torch.randn(9, 5))
 
@@ -257,7 +260,7 @@ def test_a_configuration_that_cannot_be_is_refused(fields, error, match):
 
 def quantised():
     class Params4bit(nn.Parameter):
-        pass
+        """bitsandbytes' is told by its name."""
 
     model = tiny()
     layer = model.model.layers[1].mlp.up_proj
@@ -304,7 +307,8 @@ BAD_MODELS = [
     (peft_model, {}, StateError, "no adapter wraps"),
     (quantised, {}, DtypeError, "up_proj: expected a plain floating-point weight"),
     (lambda: tiny().to("meta"), {}, DeviceError, "meta"),
-    (with_forward_of_its_own, {}, InvalidTypeError, "a forward of its own"),
+    (with_forward_of_its_own, {}, InvalidTypeError, "Scaled"),
+    (lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))), {}, InvalidTypeError, "a weight of its own"),
 ]
 
 
@@ -341,3 +345,16 @@ def test_tokens_that_do_not_match_the_routing():
     model = fm.moe.inject(Pooled(), config())
     with pytest.raises(ShapeError, match=r"sample: expected the \[3, 5\] tokens that were routed, got \[3\]"):
         model(torch.randn(3, 5, 4))
+
+
+def test_the_package_and_a_configuration_need_no_torch():
+    import subprocess
+    import sys
+
+    code = "import sys, fusedmerge as fm; fm.moe.LoRAMoEConfig(); assert 'torch' not in sys.modules; print(fm.moe.inject.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "inject\n" and "structure" in dir(fm.moe)
+    import fusedmerge.moe.inject
+    import fusedmerge.moe.structure
+
+    assert callable(fm.moe.inject) and callable(fm.moe.structure) and callable(fusedmerge.moe.inject)

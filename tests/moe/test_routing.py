@@ -329,7 +329,7 @@ def test_the_localized_balance_constraint_of_loramoe():
     ]
     assert float(fm.moe.aux_loss(model)) == pytest.approx(np.mean(expected), rel=1e-5)
     with made.task_types(types[:2]), pytest.raises(ShapeError, match="task_types"):
-        model(ids)
+        model(ids, labels=ids)
 
 
 def test_transformers_own_mixtral_loss_agrees(rng):
