@@ -103,7 +103,7 @@ class ModelSession:
         """Plain linears on weights that are merged where the forward first meets them. tokens [B, 1]."""
         assert self.structure is not None
         table = next((router for router in self.structure.routers.values() if isinstance(router, TableRouter)), None)
-        known = None if table is None else table(tokens)  # such a router reads the token itself
+        known = None if table is None else self._look_up(table, tokens)
         with self.structure.suspended(), ExitStack() as hooks:
             parts = list(self.structure.linears.values())  # in execution order, which the prefill has shown
             for part in parts[:1] if self.strategy == "merged" else parts:
@@ -114,6 +114,13 @@ class ModelSession:
 
                 hooks.callback(part.register_forward_pre_hook(before).remove)
             yield
+
+    def _look_up(self, table: TableRouter, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Such a router reads the token itself; what a control token decided stands on the model's KV cache, as in its own forward."""
+        ids, gates = table(tokens, getattr(self._cache, "_held", None))
+        if table.holds:
+            self._cache._held = ids[:, -1], gates[:, -1]
+        return ids, gates
 
     def _merge(self, part: MoELinear, ids: Tensor, gates: Tensor) -> None:
         assert self.structure is not None
