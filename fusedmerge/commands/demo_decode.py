@@ -28,7 +28,14 @@ BY_DECODER = {
     "mola": ("unfused", "merged-simple", "fused"),
     "mixlora": ("unfused", "fused"),
 }
-BY_TRANSFORMERS = {"lora_switch": ("unfused", "merged", "fused"), "moral": ("unfused", "fused"), "pesc": ("unfused",)}
+BY_TRANSFORMERS = {
+    "lora_switch": ("unfused", "merged", "fused"),
+    "moral": ("unfused", "fused"),
+    "molora": ("unfused",),
+    "loramoe": ("unfused",),
+    "xlora": ("unfused",),
+    "pesc": ("unfused",),
+}
 
 
 @dataclass
@@ -47,7 +54,7 @@ class Run:
 
         if self.engine == "decoder":
             return DecoderSession(self.model, self.strategy, 1, capacity)
-        return ModelSession(self.model, self.strategy, capacity)
+        return ModelSession(self.model, self.strategy)
 
     @property
     def routers(self) -> Mapping[str, Any]:
@@ -207,7 +214,16 @@ def _played_back(routers: Mapping[str, Any], found: Mapping[str, Sequence[Any]])
     """Routers that choose once more what they chose, for all tokens at once: in float64 a near tie could fall the other way."""
     import torch
 
-    routes = {name: tuple(torch.cat(parts, dim=1) for parts in zip(*calls, strict=True)) for name, calls in found.items()}
+    def join(calls: Sequence[Any]) -> Any:
+        """Of what a router gave, call by call: tensors [B, T, ...], or tuples and dicts of them."""
+        first = calls[0]
+        if isinstance(first, torch.Tensor):
+            return torch.cat(list(calls), dim=1)
+        if isinstance(first, Mapping):
+            return {key: join([call[key] for call in calls]) for key in first}
+        return tuple(join(parts) for parts in zip(*calls, strict=True))
+
+    routes = {name: join(calls) for name, calls in found.items()}
     with _replaced({name: (lambda _, name=name: routes[name]) for name in routers}, routers):
         yield
 

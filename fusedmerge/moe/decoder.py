@@ -41,6 +41,8 @@ class Cache:
         self.values = torch.zeros_like(self.keys)  # [L, B, K, S, D]
         self.padding = torch.zeros(batch, dtype=torch.int64, device=decoder.device)  # [B], positions at the left that hold no token
         self.slots = torch.arange(capacity, device=decoder.device)  # [S]
+        self.is_fresh = True  # what comes is a prompt
+        self.held: tuple[Tensor, Tensor] | None = None  # ids and gates [B, k] that a control token has left for those after it
         angles = torch.outer(torch.arange(capacity).float(), config.inverse_frequencies())  # [S, D / 2]
         angles = torch.cat((angles, angles), dim=-1)  # [S, D]
         self.cos, self.sin = (table.to(decoder.device, decoder.dtype) for table in (angles.cos(), angles.sin()))  # [S, D]
@@ -141,7 +143,7 @@ class Decoder:
 
         span: how many of the cache's positions may be looked at. Nothing waits for the device: a CUDA graph may hold a call.
         """
-        apply.start(tokens)
+        apply.start(tokens, cache)
         x = F.embedding(tokens, self.weights["model.embed_tokens.weight"])  # [B, T, hidden]
         turn = (positions - cache.padding[:, None]).clamp_min(0)  # [B, T]
         rope = (cache.cos[turn][:, None], cache.sin[turn][:, None])  # [B, 1, T, D] each

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from fusedmerge.errors import DeviceError, InvalidTypeError, InvalidValueError
+from fusedmerge.moe.auto import choose
 from fusedmerge.moe.decoder import Decoder, check_tokens
 from fusedmerge.moe.model_session import ModelSession
 from fusedmerge.moe.session import DecoderSession
-from fusedmerge.moe.strategies import STRATEGIES, choose
+from fusedmerge.moe.strategies import STRATEGIES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,8 +52,8 @@ def generate(
     each token; without one, all rows get max_new_tokens). temperature 0: the likeliest token; else a sample, from `generator` if given.
 
     strategy: "backbone" (no experts), "unfused", "merged-simple", "merged", "fused" (see `fusedmerge.moe.strategies`), or "auto", which
-    picks one of the last two by expected cost. The prompt always runs un-merged, each token with its own experts. "merged" and
-    "merged-simple" need one route for the whole batch. The weights are restored on return, also after an exception.
+    picks one of the last two by expected cost (`fusedmerge.moe.auto`). The prompt always runs un-merged, each token with its own experts.
+    "merged" and "merged-simple" need one route for the whole batch. The weights are restored on return, also after an exception.
 
     Raises InvalidTypeError, InvalidValueError, ShapeError, DtypeError, DeviceError for arguments; StateError for a strategy that this model
     cannot run, and for rows whose routes differ while a strategy merges.
@@ -63,7 +64,7 @@ def generate(
     tokens = input_ids.long()
     if max_new_tokens == 0:
         return tokens.clone()
-    with torch.no_grad(), _open(model, strategy, len(tokens), tokens.shape[1], max_new_tokens) as session:
+    with torch.no_grad(), _open(model, strategy, tokens, max_new_tokens) as session:
         return torch.cat([tokens, _continue(session, tokens, padding, max_new_tokens, ends, temperature, generator)], dim=1)
 
 
@@ -99,14 +100,11 @@ def _sample(logits: Tensor, temperature: float, generator: torch.Generator | Non
     return torch.multinomial(shares, 1, generator=generator)[:, 0]
 
 
-def _open(model: torch.nn.Module | Decoder, strategy: str, batch: int, length: int, count: int) -> AbstractContextManager[Session]:
-    if not isinstance(model, Decoder):
-        return ModelSession(model, strategy, count)
-    if strategy == "auto":
-        experts = model.experts
-        adapted = [] if experts is None else [(model.weights[name], linear) for name, linear in experts.linears.items()]
-        strategy = choose(None if experts is None else experts.method, adapted, count)
-    return DecoderSession(model, strategy, batch, length + count)
+def _open(model: torch.nn.Module | Decoder, strategy: str, tokens: Tensor, new_tokens: int) -> AbstractContextManager[Session]:
+    strategy = choose(model, tokens, new_tokens) if strategy == "auto" else strategy
+    if isinstance(model, Decoder):
+        return DecoderSession(model, strategy, len(tokens), tokens.shape[1] + new_tokens)
+    return ModelSession(model, strategy)
 
 
 def _vocabulary(model: Any) -> tuple[int, torch.device]:

@@ -14,7 +14,7 @@ from fusedmerge.errors import InvalidTypeError, StateError
 from fusedmerge.moe.experts import ExpertLinear
 from fusedmerge.moe.layers import MoELinear
 from fusedmerge.moe.routing import TableRouter
-from fusedmerge.moe.strategies import MERGED, add_unfused, choose, full, merge_simple, one_route
+from fusedmerge.moe.strategies import MERGED, add_unfused, full, merge_simple, one_route
 from fusedmerge.moe.structure import Structure, structure
 from fusedmerge.ops import lora_linear
 from fusedmerge.switcher import Switcher
@@ -30,13 +30,10 @@ _OP = "generate"
 class ModelSession:
     """Prefill, then step after step, with one strategy. A context manager: on exit the model is as it was, in weights and in mode."""
 
-    def __init__(self, model: torch.nn.Module, strategy: str, new_tokens: int) -> None:
+    def __init__(self, model: torch.nn.Module, strategy: str) -> None:
         self.model = model
         self.structure = _structure(model)
         self.factors = {} if self.structure is None else {part: _factors(part) for part in self.structure.linears.values()}
-        if strategy == "auto":
-            method = None if self.structure is None else self.structure.config.method
-            strategy = choose(method, [(part.base_layer.weight, experts) for part, experts in self.factors.items()], new_tokens)
         self.strategy = strategy
         self._check()
         self._accepted = inspect.signature(model.forward).parameters
@@ -106,7 +103,7 @@ class ModelSession:
         """Plain linears on weights that are merged where the forward first meets them. tokens [B, 1]."""
         assert self.structure is not None
         table = next((router for router in self.structure.routers.values() if isinstance(router, TableRouter)), None)
-        known = None if table is None else table(tokens)  # such a router reads the token itself
+        known = None if table is None else self._look_up(table, tokens)
         with self.structure.suspended(), ExitStack() as hooks:
             parts = list(self.structure.linears.values())  # in execution order, which the prefill has shown
             for part in parts[:1] if self.strategy == "merged" else parts:
@@ -117,6 +114,13 @@ class ModelSession:
 
                 hooks.callback(part.register_forward_pre_hook(before).remove)
             yield
+
+    def _look_up(self, table: TableRouter, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Such a router reads the token itself; what a control token decided stands on the model's KV cache, as in its own forward."""
+        ids, gates = table(tokens, getattr(self._cache, "_held", None))
+        if table.holds:
+            self._cache._held = ids[:, -1], gates[:, -1]
+        return ids, gates
 
     def _merge(self, part: MoELinear, ids: Tensor, gates: Tensor) -> None:
         assert self.structure is not None

@@ -1,0 +1,62 @@
+"""What strategy "auto" stands for: merged or fused, by the cost of a switch and the number of tokens that a mixture lives for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from fusedmerge.cost import TargetSize, fused_work, measure_rates, switch_work
+from fusedmerge.errors import StateError
+from fusedmerge.moe.decoder import Decoder
+from fusedmerge.moe.routing import TableRouter
+from fusedmerge.moe.structure import structure
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["choose"]
+
+
+def choose(model: torch.nn.Module | Decoder, tokens: Tensor, new_tokens: int) -> str:
+    """The strategy for continuing `tokens` [B, T] by `new_tokens`.
+
+    A switch is paid once for a mixture, fused application at each of its tokens. One static adapter lives for the whole generation, and a
+    table's mixture as long as in the prompt, on average. A learned router's gates differ at every token: there a switch, which moves more
+    bytes than the step itself, is not considered. The rates are the device's, measured once in a process, where they can matter.
+    """
+    if isinstance(model, Decoder):
+        if model.experts is None:
+            return "backbone"
+        method, routers = model.experts.method, dict(model.experts.routers)
+        sizes = [_size(model.weights[name], linear.a) for name, linear in model.experts.linears.items()]
+    else:
+        try:
+            found = structure(model)
+        except StateError:
+            return "backbone"
+        method, routers = found.config.method, dict(found.routers)
+        sizes = [_size(part.base_layer.weight, part.lora_A) for part in found.linears.values()]
+    k, life = 1, float(new_tokens)
+    if method != "lora":
+        router = routers.get("router")
+        if method != "lora_switch" or not isinstance(router, TableRouter) or len(tokens) > 1:
+            return "fused"
+        k, life = int(router.ids.shape[-1]), _lifetime(router, tokens, new_tokens)
+    if life <= 1:
+        return "fused"
+    rates = measure_rates(tokens.device)
+    beside = fused_work(sizes, k, k, second_pass=tokens.device.type == "cpu").seconds(rates)
+    return "merged" if life * beside > switch_work(sizes, k).seconds(rates) else "fused"
+
+
+def _size(weight: Tensor, a: Tensor) -> TargetSize:
+    """Factors are used in the weight's dtype."""
+    return TargetSize(weight.shape[0], weight.shape[1], a.shape[1], weight.element_size(), weight.element_size())
+
+
+def _lifetime(table: TableRouter, tokens: Tensor, new_tokens: int) -> float:
+    """How many tokens in a row keep their mixture, on average, in the prompt tokens [1, T]; all to come, where it never changes there."""
+    ids, gates = (part[0] for part in table(tokens))  # [T, k] each
+    changes = int(((ids[1:] != ids[:-1]) | (gates[1:] != gates[:-1])).any(dim=-1).sum())
+    return tokens.shape[1] / (changes + 1) if changes else float(new_tokens)
