@@ -48,6 +48,8 @@ def main() -> int:
     setting = SETTINGS[arguments.setting]
     if arguments.ablations:
         setting = replace(setting, seeds=min(3, setting.seeds))
+    if setting.device == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--setting {arguments.setting} needs a CUDA device")
     header = describe(setting)
     if not (setting.data.folder / "data.json").is_file():
         build(setting.data, setting.data.folder)

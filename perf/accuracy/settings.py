@@ -76,7 +76,7 @@ SETTINGS = {
         device="cpu", hidden=80, intermediate=208, layers=4, heads=2, context=128, windows=16,
         pretraining_steps=1000, pretraining_lr=4e-3, steps=130, r=9,
     ),
-    # Sized by arithmetic for an H100 (20 minutes); it has not run.
+    # Sized by arithmetic for 25 minutes on an H100; it has not run.
     "gpu": Setting(
         DataSetting(_DOMAINS, vocabulary=4096, domain_bytes=6_000_000, pretraining_bytes=24_000_000),
         device="cuda", hidden=512, intermediate=1536, layers=8, heads=8, context=512, windows=64,
