@@ -195,12 +195,15 @@ class Routing:
     @staticmethod
     def _fitted(found: tuple[torch.Tensor, torch.Tensor], x: torch.Tensor, place: str) -> tuple[torch.Tensor, torch.Tensor]:
         ids, gates = found
-        if ids.shape[:-1] == x.shape[:-1]:
+        wanted = (*x.shape[:-1], ids.shape[-1])
+        if ids.shape == wanted:
             return ids, gates
-        k = ids.shape[-1]
-        if ids.numel() == x.shape[:-1].numel() * k:  # the same tokens, flattened
-            return ids.reshape(*x.shape[:-1], k), gates.reshape(*x.shape[:-1], k)
-        raise ShapeError("route", place, f"the {list(ids.shape[:-1])} tokens that were routed", list(x.shape[:-1]))
+        if ids.numel() == torch.Size(wanted).numel():  # the same tokens, flattened
+            return ids.reshape(wanted), gates.reshape(wanted)
+        try:
+            return ids.expand(wanted), gates.expand(wanted)  # forced: one choice for several tokens
+        except RuntimeError:
+            raise ShapeError("route", place, f"the {list(ids.shape[:-1])} tokens that were routed", list(x.shape[:-1])) from None
 
 
 _CURRENT: ContextVar[Routing | None] = ContextVar("fusedmerge.moe.routing", default=None)

@@ -57,7 +57,7 @@ def save(model: nn.Module, directory: PathLike) -> None:
     config = {"peft_type": PEFT_TYPE, "format": FORMAT, **made.config.to_dict(), "places": dict(made.places)}
     path.mkdir(parents=True, exist_ok=True)
     with _replacing(path / "adapter_model.safetensors") as partial:
-        save_file(tensors, partial, metadata={"format": FORMAT, "config": json.dumps(config)})
+        save_file(tensors, partial, metadata={"config": json.dumps(config)})
     with _replacing(path / "adapter_config.json") as partial:
         partial.write_text(json.dumps(config, indent=2) + "\n")
 

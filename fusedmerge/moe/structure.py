@@ -56,6 +56,10 @@ class Structure:
         self._handles: list[RemovableHandle] = []
         self._undo: list[Callable[[], object]] = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles of the model: all but what belongs to a call that is over or under way."""
+        return self.__dict__ | {"last_loss": None, "_recorders": [], "_forced": [], "_task_types": [], "_suspended": 0}
+
     @property
     def linears(self) -> dict[str, MoELinear]:
         """Canonical weight name -> layer, in execution order as far as a forward has shown it (the first linear: from `inject` on,

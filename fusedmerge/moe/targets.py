@@ -134,13 +134,13 @@ def _check_linear(model: nn.Module, path: str, linear: nn.Linear, operation: str
         if hasattr(around, "lora_A") or hasattr(around, "base_layer"):
             kind = type(around).__name__
             raise StateError(operation, path, "a linear that no adapter wraps (eject, or merge and unload, it first)", f"one in a {kind}")
-    weight = next(w for w in collect(linear, operation).values() if w.name == "weight" or w.quantised)
+    weight = collect(linear, operation).get("weight")
+    if weight is None or type(linear).forward is not nn.Linear.forward:
+        raise InvalidTypeError(operation, path, "a Linear that computes x W^T + b with a weight of its own", type(linear).__name__)
     if weight.quantised or not weight.tensor.is_floating_point():
         raise DtypeError(operation, path, "a plain floating-point weight", f"a quantised one ({weight.quantised or weight.tensor.dtype})")
     if weight.tensor.device.type == "meta":
         raise DeviceError(operation, path, "a weight with storage (load or materialise the model first)", "device meta")
-    if type(linear).forward is not nn.Linear.forward:
-        raise InvalidTypeError(operation, path, "a Linear that computes x W^T + b", f"a {type(linear).__name__} with a forward of its own")
 
 
 def _counts(config: LoRAMoEConfig, layers: list[str], operation: str) -> dict[str, int]:
