@@ -44,6 +44,7 @@ class AdapterBank:
         self._targets = dict(targets)
         self._slots = list(slots)
         self._pins: weakref.WeakKeyDictionary[object, frozenset[int]] = weakref.WeakKeyDictionary()
+        self._largest: dict[int, float] = {}  # slot -> its largest |scaling|, as far as anybody has asked
         self.cast_error = dict(cast_error)  # adapter -> about how much narrowing the factors changed its deltas (relative); 0.0: nothing
 
     @classmethod
@@ -241,6 +242,7 @@ class AdapterBank:
             into.b[slot, :, : pair.rank].copy_(pair.b)
             into.note(slot, pair.rank, pair.scaling)
         self._slots[slot] = name
+        self._largest.pop(slot, None)
         self.cast_error[name] = error
 
     @property
@@ -278,7 +280,9 @@ class AdapterBank:
 
     def largest_scaling(self, slot: int) -> float:
         """The largest |scaling| of one adapter over its targets."""
-        return max(abs(target.scalings[slot]) for target in self._targets.values())
+        if slot not in self._largest:
+            self._largest[slot] = max(abs(target.scalings[slot]) for target in self._targets.values())
+        return self._largest[slot]
 
     def slot(self, name: str, operation: str = "bank") -> int:
         """The slot of an adapter. Raises UnknownNameError."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from collections.abc import Collection
 from pathlib import Path
@@ -50,11 +51,8 @@ def shorten(names: Collection[str]) -> str:
 
 def to_float32(value: float) -> float:
     """The nearest float32, as a float; inf where there is none."""
-    import numpy as np
-
     try:
-        with np.errstate(over="ignore"):
-            return float(np.float32(value))
+        return ctypes.c_float(value).value  # a tenth of what numpy takes, and a switch asks ten times
     except OverflowError:  # an int beyond float64
         return float("inf")
 

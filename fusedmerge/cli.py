@@ -157,7 +157,8 @@ def _bench(parsed: argparse.Namespace) -> int:
     import pytest_benchmark  # noqa: F401  (to say what is missing before pytest does)
 
     root = _checkout("bench", "perf/conftest.py")
-    command = [sys.executable, "-m", "pytest", str(root / "perf"), "-q", "-p", "no:xdist", *parsed.pytest]
+    chosen = any((root / argument.partition("::")[0]).exists() for argument in parsed.pytest)  # else: all suites
+    command = [sys.executable, "-m", "pytest", *([] if chosen else [str(root / "perf")]), "-q", "-p", "no:xdist", *parsed.pytest]
     if parsed.results:
         command.append(f"--results={Path(parsed.results).resolve()}")
     return subprocess.run(command, cwd=root, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"}).returncode

@@ -1,112 +1,111 @@
-"""Benchmarks record what they measured; each module's records become perf/results/<device>/<suite>.json when the session ends.
+"""Fixtures of the suites. Each module's records become perf/results/<device>/<suite>.json, written anew after every test that passed.
 
-Timings never decide whether a test passes; wrong results do, and a suite with a failure writes nothing.
+Timings never decide whether a test passes; wrong results do, and a suite with a failure leaves no file of its run.
 """
 
 from __future__ import annotations
 
-import datetime
-import json
-import os
-import platform
-import statistics
-import subprocess
+import dataclasses
 import sys
-from collections.abc import Iterator
-from importlib.metadata import version
+import time
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))  # for `import models`
-sys.path.insert(1, str(HERE.parent))
+HERE = Path(__file__).resolve().parent
+if str(HERE.parent) not in sys.path:
+    sys.path.insert(0, str(HERE.parent))  # for `from perf import ...`
+
+from fusedmerge.commands.tables import text_table  # noqa: E402
+from perf.ceilings import measure  # noqa: E402
+from perf.evidence import Suite, begin, write  # noqa: E402
+from perf.model import Ceilings  # noqa: E402
+from perf.timing import device  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", default=str(HERE / "results"), help="where <device>/<suite>.json is written")
-    parser.addoption("--rounds", type=int, default=20, help="rounds of each side-by-side measurement")
+    parser.addoption("--rounds", type=int, default=0, help="rounds of each measurement (default: as many as fit into a few seconds)")
+    parser.addoption("--budget", type=float, default=float("inf"), help="seconds after which no further benchmark is started")
 
 
-class Suite:
-    """One module's cases, in the order they were recorded."""
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_STARTED] = time.monotonic()
+    config.stash[_SUITES] = []
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.setting: dict[str, Any] = {}
-        self.cases: list[dict[str, Any]] = []
 
-    def record(self, name: str, group: str, title: str, seconds: list[float], **more: Any) -> dict[str, Any]:
-        """Add a case: raw samples in seconds, and whatever else the schema has (bytes, fraction_of_copy, error, ratio, compared_to)."""
-        samples = [round(1e3 * s, 6) for s in seconds]
-        case = {"name": name, "group": group, "title": title, "median_ms": statistics.median(samples), **more, "samples_ms": samples}
-        self.cases.append(case)
-        return case
+_STARTED = pytest.StashKey[float]()
+_FAILED = pytest.StashKey[bool]()
+_SUITES = pytest.StashKey[list[Suite]]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.failed:
+        item.stash[_FAILED] = True
+    return report
 
 
 @pytest.fixture(scope="module")
-def suite(request: pytest.FixtureRequest) -> Iterator[Suite]:
+def suite(request: pytest.FixtureRequest, ceilings: Ceilings) -> Iterator[Suite]:
+    """The records of the test's module."""
     found = Suite(request.module.__name__.rpartition(".")[2].removeprefix("test_"))
-    failed = request.session.testsfailed
-    began = {  # at the start: whoever commits meanwhile does not change what is measured
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "load_average_before": [round(x, 2) for x in os.getloadavg()],
-    }
+    found.setting["ceilings"] = dataclasses.asdict(ceilings)
+    request.config.stash[_SUITES].append(found)
     yield found
-    if found.cases and request.session.testsfailed == failed:
-        write(found, Path(request.config.getoption("--results")), began)
+
+
+@pytest.fixture(scope="session")
+def began() -> dict[str, Any]:
+    """Commit and load at the session's start."""
+    return begin()
+
+
+@pytest.fixture(autouse=True)
+def _evidence(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Write the suite's file after a test that passed; take it back after one that failed."""
+    config = request.config
+    if time.monotonic() - config.stash[_STARTED] > config.getoption("--budget"):
+        pytest.skip("the time budget is used up")
+    yield
+    if "suite" not in request.fixturenames:
+        return
+    found = request.getfixturevalue("suite")
+    found.failed |= request.node.stash.get(_FAILED, False)
+    if found.failed and found.path:
+        found.path.unlink(missing_ok=True)
+    elif found.cases and not found.failed:
+        found.path = write(found, Path(config.getoption("--results")), request.getfixturevalue("began"))
 
 
 @pytest.fixture(scope="session")
 def rounds(request: pytest.FixtureRequest) -> int:
+    """What --rounds says; 0: as many as fit."""
     return int(request.config.getoption("--rounds"))
 
 
-def write(suite: Suite, results: Path, began: dict[str, Any]) -> Path:
-    """Write a suite's file (see DESIGN, Evidence)."""
-    import torch
-
-    from fusedmerge.backend import backends
-
-    device = f"cpu-{len(os.sched_getaffinity(0))}core"
-    names = ("torch", "transformers", "peft", "numpy")
-    content = {
-        "schema": 1,
-        "suite": suite.name,
-        "device": device,
-        "processor": _processor(),
-        "driver": None,
-        "versions": {"fusedmerge": _own_version(), "python": platform.python_version(), **{name: version(name) for name in names}},
-        **began,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "backend": backends()["cpu"].reason,
-        "threads": torch.get_num_threads(),
-        "setting": suite.setting,
-        "cases": suite.cases,
-    }
-    path = results / device / f"{suite.name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
-    print(f"\nwrote {path}")
-    return path
+@pytest.fixture(scope="session")
+def ceilings() -> Ceilings:
+    """The device's measured ceilings."""
+    return measure(device())
 
 
-def _own_version() -> str:
-    import fusedmerge
-
-    return fusedmerge.__version__
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _git(*arguments: str) -> str | None:
-    done = subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else None
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Measured and predicted times, and where they were written."""
+    for suite in config.stash[_SUITES]:
+        rows = [
+            (
+                case["title"],
+                *(f"{case[name]:.4g}" for name in ("median_ms", "predicted_ms")),
+                f"{case['median_ms'] / case['predicted_ms']:.2f}",
+            )
+            for case in suite.cases
+            if case.get("predicted_ms")
+        ]
+        written = "nothing was written: a test has failed" if suite.failed else str(suite.path or "nothing was measured")
+        terminalreporter.write_line(f"\n{suite.name}: {written}")
+        if rows:
+            terminalreporter.write_line(text_table(["case", "ms", "predicted ms", "measured / predicted"], rows))

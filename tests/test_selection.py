@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fusedmerge import errors
+from fusedmerge.checks import to_float32
 from fusedmerge.selection import parse
 from tests import kit
 
@@ -114,3 +115,19 @@ def test_a_gate_times_its_scaling_must_be_a_float32():
     bank.remove("a1")
     bank.add("a1", {"w0": (torch.ones(1, 5), torch.ones(6, 1))}, 0.5)
     parse(bank, {"a1": 1e38}, None)
+
+
+def test_to_float32_rounds_as_numpy():
+    rng = np.random.default_rng(0)
+    values = [
+        *(rng.standard_normal(500) * 10.0 ** rng.uniform(-50, 40, 500)),
+        0.1,
+        -0.0,
+        3.4028235677973366e38,
+        3.4028235677973362e38,
+        INF,
+        7,
+    ]
+    with np.errstate(over="ignore"):
+        assert [to_float32(value).hex() for value in values] == [float(np.float32(value)).hex() for value in values]
+    assert np.isnan(to_float32(NAN)) and to_float32(10**400) == INF

@@ -43,7 +43,7 @@ def run(out: str | Path, config: DemoConfig | None = None, progress: bool = True
     Raises InvalidValueError if `out` is a file.
     """
     from fusedmerge.commands import demo_checks
-    from fusedmerge.commands.plot import plot_drift
+    from fusedmerge.commands.plot_pictures import plot_drift
 
     config = config or DemoConfig()
     out = Path(out)
