@@ -41,8 +41,8 @@ def main() -> int:
     setting = SETTINGS[arguments.setting]
     if arguments.ablations:
         setting = replace(setting, seeds=min(3, setting.seeds))
-    if setting.device == "cuda" and not torch.cuda.is_available():
-        parser.error(f"--setting {arguments.setting} needs a CUDA device")
+    if (setting.device == "cuda") != torch.cuda.is_available():  # the file goes to the device's folder
+        parser.error(f"--setting {arguments.setting} is for {setting.device} (CUDA_VISIBLE_DEVICES= hides a GPU)")
     began = begin()
     if not (setting.data.folder / "data.json").is_file():
         build(setting.data, setting.data.folder)
