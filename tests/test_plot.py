@@ -12,7 +12,7 @@ import pytest
 
 import fusedmerge
 from fusedmerge import cli
-from fusedmerge.commands import plot
+from fusedmerge.commands import plot, plot_pictures
 from fusedmerge.commands.tables import markdown_table, percent, text_table
 from fusedmerge.errors import FormatError, MissingFileError
 
@@ -41,23 +41,35 @@ def test_bench_runs_pytest_on_perf(monkeypatch, tmp_path):
     assert cli.main(["bench", "--results", str(tmp_path), "--", "-k", "unchanged"]) == 5
     assert commands[0][:4] == [sys.executable, "-m", "pytest", str(ROOT / "perf")]
     assert commands[0][-3:] == ["-k", "unchanged", f"--results={tmp_path}"]
+    cli.main(["bench", "--", "perf/test_switch.py::test_drift"])
+    assert commands[1][3:] == ["-q", "-p", "no:xdist", "perf/test_switch.py::test_drift"]
+
+
+CEILINGS = {"copy": 2.4e9, "read": 3e9, "flops": 5e12, "flops_float32": 1e11, "launch": 0.0}
 
 
 def results(directory, **changes):
-    """A results file as perf/ writes them, of two cases."""
+    """A results file as perf/ writes them: a comparison, a sweep, drift, and a call."""
     case = {"name": "switch", "group": "switch", "title": "ours", "samples_ms": [2.0, 4.0, 3.0], "median_ms": 3.0, "bytes": 6_000_000}
     error = {"misrounded": 0.00001, "of_bound": 0.98, "of_rounding": 1.0}
     cases = [
-        {**case, "fraction_of_copy": 0.5, "ratio": 1.0, "compared_to": "ours", "error": error},
+        {**case, "flops": 6e6, "predicted_ms": 2.5, "fraction_of_copy": 0.5, "ratio": 1.0, "compared_to": "ours", "error": error},
         {**case, "name": "peft", "title": "PEFT", "samples_ms": [30.0, 40.0], "median_ms": 35.0, "ratio": 11.7, "error": None},
         {"name": "call", "group": "call", "title": "unchanged", "samples_ms": [0.004], "median_ms": 0.004},
+        {"name": "peft", "group": "drift", "title": "PEFT", "drift": [[1, 0.001], [20, 0.004]], "delta": 0.05},
+        {"name": "exact", "group": "drift", "title": "exact", "drift": [[1, 0.0], [20, 0.0]], "delta": 0.05},
     ]
+    for x, milliseconds in ((8, 1.0), (16, 3.0)):
+        point = {"group": "time against rank", "axis": "rank", "x": x, "compared_to": "copy", "bytes": 10, "flops": 20}
+        ours = {"name": f"s{x}", "title": f"s{x}", "series": "switch", "median_ms": milliseconds, "samples_ms": [milliseconds]}
+        cases.append({**point, **ours, "predicted_ms": 0.5, "ratio": 1.5})
+        cases.append({**point, "name": f"c{x}", "title": f"c{x}", "series": "copy", "median_ms": 2.0, "samples_ms": [2.0], "ratio": 1.0})
     content = {
-        "suite": "switch_cpu", "device": "cpu-2core", "processor": "A processor", "driver": None, "versions": {"torch": "2.13"},
-        "git_commit": "0123456789abcdef", "git_dirty": False, "date": "2026-01-02T03:04:05+00:00", "setting": {"text": "A model"},
-        "cases": cases, **changes,
+        "suite": "switch", "device": "cpu-2core", "processor": "A processor", "driver": None, "versions": {"torch": "2.13"},
+        "git_commit": "0123456789abcdef", "git_dirty": False, "date": "2026-01-02T03:04:05+00:00",
+        "setting": {"text": "A model", "ceilings": CEILINGS}, "cases": cases, **changes,
     }  # fmt: skip
-    path = directory / content["device"] / "switch_cpu.json"
+    path = directory / content["device"] / "switch.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({key: value for key, value in content.items() if value != "removed"}))
     return path
@@ -65,30 +77,65 @@ def results(directory, **changes):
 
 def test_plot_writes_tables_and_pictures(tmp_path, capsys):
     results(tmp_path / "results")
+    images = tmp_path / "docs" / "img"
+    images.mkdir(parents=True)
+    for old in ("cpu-2core-gone-bars.png", "drawing.png", "gpu-switch-bars.png"):
+        (images / old).touch()
     assert cli.main(["plot", "--results", str(tmp_path / "results"), "--docs", str(tmp_path / "docs")]) == 0
     page = (tmp_path / "docs" / "results.md").read_text()
-    assert "| ours | 3.00 ms | 1.00x | 2.0 | 50% | 0.001 % | 0.98 |" in page
-    assert "| PEFT | 35.0 ms | 11.70x | 0.2 |  |  |  |" in page
-    assert "| call | median |\n| --- | ---: |\n| unchanged | 4.00 us |" in page
-    assert "commit 0123456789, 2026-01-02" in page
-    picture = tmp_path / "docs" / "img" / "cpu-2core-switch_cpu.png"
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert capsys.readouterr().out.splitlines() == [str(picture), str(tmp_path / "docs" / "results.md")]
+    for line in (
+        "| ours | 3.00 ms | 1.00x | 2.0 | 50% | 1.20 | 0.001 % | 0.98 |",
+        "| PEFT | 35.0 ms | 11.70x | 0.2 |  |  |  |  |",
+        "| call | median |\n| --- | ---: |\n| unchanged | 4.00 us |",
+        "| rank | switch | measured / predicted | copy | measured / predicted | time / copy |",
+        "| 16 | 3.00 ms | 6.00 | 2.00 ms |  | 1.50x |",
+        "| drift: left behind after switches (the mixture itself: 0.05) | 1 | 20 |\n| --- | ---: | ---: |\n| PEFT | 0.001 | 0.004 |",
+        "Measured ceilings: copy 2.4 GB/s, read 3.0 GB/s, 5 TFLOP/s in bfloat16, 100 GFLOP/s in float32.",
+        "commit 0123456789, 2026-01-02",
+    ):
+        assert line in page, line
+    pictures = [images / f"cpu-2core-switch-{kind}.png" for kind in ("bars", "curves", "roofline", "drift")]
+    for picture in pictures:
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        assert f"(img/{picture.name})" in page
+    assert capsys.readouterr().out.splitlines() == [*map(str, pictures), str(tmp_path / "docs" / "results.md")]
+    assert sorted(images.iterdir()) == sorted([*pictures, images / "drawing.png", images / "gpu-switch-bars.png"])
 
 
-def test_plot_refreshes_marked_blocks(tmp_path):
+def test_pictures_show_what_the_file_says(tmp_path, monkeypatch):
+    """Measured and predicted values reach the axes as they are."""
+    drawn = {}
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path: drawn.update({path.stem: figure}))
+    plot_pictures.suite_pictures(json.loads(results(tmp_path / "results").read_text()), tmp_path)
+    bars, call = drawn["cpu-2core-switch-bars"].axes
+    assert [bar.get_width() for bar in bars.patches] == [3.0, 35.0] and [bar.get_width() for bar in call.patches] == [0.004]
+    assert [2.5, 2.5] in [list(line.get_xdata()) for line in bars.lines]
+    (curves,) = drawn["cpu-2core-switch-curves"].axes
+    lines = [(line.get_label(), list(line.get_xdata()), list(line.get_ydata())) for line in curves.lines]
+    assert ("switch, predicted", [8, 16], [0.5, 0.5]) in lines and ([8, 16], [1.0, 3.0]) in [line[1:] for line in lines]
+    (roof,) = drawn["cpu-2core-switch-roofline"].axes
+    placed = {line.get_label(): (*line.get_xdata(), *line.get_ydata()) for line in roof.lines}
+    assert placed["ours"] == pytest.approx((1.0, 2.0))  # 6 MFLOP over 6 MB, in 3 ms: 2 GFLOP/s
+    drift = {line.get_label(): list(line.get_ydata()) for line in drawn["cpu-2core-switch-drift"].axes[0].lines}
+    assert drift["PEFT unmerge + merge"] == [0.001, 0.004] and drift["Switcher, exact: 0 at every count"] == [0.0001, 0.0001]
+
+
+def test_plot_refreshes_marked_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(plot, "suite_pictures", lambda *_: {})
     results(tmp_path / "results")
     readme = tmp_path / "README.md"
-    readme.write_text("Before\n<!-- results: cpu-2core/switch_cpu -->\nold\n<!-- /results -->\nAfter\n")
+    marks = ("<!-- results: cpu-2core/switch -->", '<!-- results: cpu-2core/switch, group "call" -->')
+    readme.write_text(f"Before\n{marks[0]}\nold\n<!-- /results -->\nBetween\n{marks[1]}\nold\n<!-- /results -->\nAfter\n")
     assert readme in plot.render_results(tmp_path / "results", tmp_path / "docs", readme)
-    text = readme.read_text()
-    assert text.startswith("Before\n<!-- results: cpu-2core/switch_cpu -->\nA model. ")
-    assert text.endswith("\n<!-- /results -->\nAfter\n")
-    assert "old" not in text
+    whole, one = readme.read_text().split("\nBetween\n")
+    assert whole.startswith(f"Before\n{marks[0]}\nA model. ") and "| PEFT |" in whole and whole.endswith("\n<!-- /results -->")
+    assert one.startswith(f"{marks[1]}\nA model. ") and "| unchanged |" in one and "PEFT" not in one
+    assert one.endswith("\n<!-- /results -->\nAfter\n") and "old" not in whole + one
     assert readme not in plot.render_results(tmp_path / "results", tmp_path / "docs", readme)
-    readme.write_text("<!-- results: gpu/none -->\n<!-- /results -->")
-    with pytest.raises(FormatError, match="gpu/none"):
-        plot.render_results(tmp_path / "results", tmp_path / "docs", readme)
+    for mark, wrong in (("gpu/none", "gpu/none"), ('cpu-2core/switch, group "speed"', "speed")):
+        readme.write_text(f"<!-- results: {mark} -->\n<!-- /results -->")
+        with pytest.raises(FormatError, match=wrong):
+            plot.render_results(tmp_path / "results", tmp_path / "docs", readme)
 
 
 def test_plot_refuses_damaged_results(tmp_path):
@@ -99,17 +146,24 @@ def test_plot_refuses_damaged_results(tmp_path):
         plot.load_results(tmp_path / "results")
     content = json.loads(path.read_text()) | {"git_commit": None}
     del content["cases"][1]["median_ms"]
+    del content["cases"][3]["delta"]
     path.write_text(json.dumps(content))
-    with pytest.raises(FormatError, match=r"no cases\[1\].median_ms"):
+    with pytest.raises(FormatError, match=r"no cases\[1\].median_ms, cases\[3\].delta"):
         plot.load_results(tmp_path / "results")
     path.write_text(path.read_text()[:100])
     with pytest.raises(FormatError, match=re.escape(str(path))):
         plot.load_results(tmp_path / "results")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "perf" / "results").glob("*/*.json")), ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_committed_results_can_be_rendered(path):
-    assert "median" in plot.suite_markdown(plot._load(path))
+def test_docs_are_what_the_committed_results_give(tmp_path):
+    """docs/results.md and README's blocks, from perf/results; every picture is there."""
+    readme = tmp_path / "README.md"
+    readme.write_text((ROOT / "README.md").read_text())
+    written = plot.render_results(ROOT / "perf" / "results", tmp_path / "docs", readme)
+    assert readme not in written  # nothing had to be changed
+    assert (tmp_path / "docs" / "results.md").read_text() == (ROOT / "docs" / "results.md").read_text()
+    drawn = {path.name for path in written if path.suffix == ".png"}
+    assert drawn <= {path.name for path in (ROOT / "docs" / "img").iterdir()}
 
 
 def test_tables():

@@ -67,6 +67,7 @@ class Group:
         device = segments[0].live.device
         self.numbers = numbers
         self.segments = list(segments)
+        self.live = [segment.live for segment in segments]
         self.num_adapters = len(segments[0].factors.ranks)
         self.inplace = segments[0].base is None
         self.report_non_finite = report_non_finite
@@ -284,7 +285,7 @@ class DeviceSwitch(ABC):
     def _launch_group(self, group: Group, ids: torch.Tensor, gates: torch.Tensor) -> None:
         import torch
 
-        torch.autograd.graph.increment_version([segment.live for segment in group.segments])
+        torch.autograd.graph.increment_version(group.live)
         try:
             self.launch(group, group.params(ids, gates))
         except BackendError:
