@@ -189,7 +189,7 @@ def plot_drift(found: Mapping[str, Any], path: Path) -> None:
 def plot_decode(found: Mapping[str, Any], path: Path) -> None:
     """Milliseconds per token of every method and strategy, the reference decoder's above transformers', with lines at the backbones."""
     rows = found["rows"]
-    figure = _figure(7.5, 0.9 + 0.3 * len(rows))
+    figure = figure_of(7.5, 0.9 + 0.3 * len(rows))
     axes = figure.subplots()
     for index, row in enumerate(rows):
         ours = row["strategy"] in ("merged", "fused")
@@ -205,5 +205,5 @@ def plot_decode(found: Mapping[str, Any], path: Path) -> None:
     axes.margins(x=0.12)
     axes.set_xlim(left=0)
     where = f"milliseconds per token (median of {found['tokens']}, {found['device']}, batch 1)"
-    _dress(axes, "What dynamic adapters cost a decoded token (dotted: the backbone)", where)
+    dress(axes, "What dynamic adapters cost a decoded token (dotted: the backbone)", where)
     figure.savefig(path)
