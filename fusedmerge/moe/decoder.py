@@ -119,7 +119,7 @@ class Decoder:
 
     def to(self, dtype: torch.dtype) -> Decoder:
         """A copy in another dtype."""
-        weights = {name: weight.to(dtype) for name, weight in self.weights.items()}
+        weights = {name: weight.to(dtype, copy=True) for name, weight in self.weights.items()}
         return Decoder(self.config, weights, self.experts.to(dtype) if self.experts else None, packed=bool(self.packed))
 
     def _pack(self, names: Sequence[str]) -> None:
