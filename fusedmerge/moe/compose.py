@@ -14,10 +14,10 @@ from fusedmerge.errors import InvalidTypeError, InvalidValueError, StateError, U
 from fusedmerge.formats.lora import Adapter, Factors
 from fusedmerge.moe.config import LoRAMoEConfig
 from fusedmerge.moe.inject import eject, inject
-from fusedmerge.moe.published import stacked
+from fusedmerge.moe.published import PREFIX, stacked
 from fusedmerge.moe.routing import TableRouter
 from fusedmerge.moe.structure import Structure, structure
-from fusedmerge.moe.targets import make_plan
+from fusedmerge.moe.targets import make_plan, token_embedding
 
 if TYPE_CHECKING:
     PathLike = str | os.PathLike[str]
@@ -70,7 +70,7 @@ def compose(
         for name, part in made.parts.items():
             for attribute, field in (("lora_A", "lora_A.weight"), ("lora_B", "lora_B.weight"), ("scaling", "scaling")):
                 own: torch.Tensor = getattr(part, attribute)
-                own.data.copy_(tensors[f"base_model.model.{name}.{field}"])
+                own.data.copy_(tensors[f"{PREFIX}{name}.{field}"])
         if rows is not None:
             _set_table(made, rows)
     except BaseException:
@@ -140,8 +140,8 @@ def token_table(model: Any, chunk: int = 4096) -> TableRouter:
     """
     made = structure(model)
     router, first = made.routers.get("router"), next(iter(made.linears.values()), None)
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    if made.config.method != "lora_switch" or router is None or first is None or not isinstance(embedding, nn.Embedding):
+    embedding = token_embedding(model)
+    if made.config.method != "lora_switch" or router is None or first is None or embedding is None:
         raise StateError("token_table", "model", "a transformers model with lora_switch", f"{type(model).__name__}, {made.config.method}")
     if isinstance(router, TableRouter):
         return router
