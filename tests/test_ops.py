@@ -170,6 +170,13 @@ def test_values_near_the_ends_of_float16(apply, tokens):
     assert torch.isinf(y).any() and not torch.isnan(y).any()
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 20])
+def test_a_coefficient_beyond_float32_is_infinite(tokens):
+    operands = ops_kit.make(tokens, dtype=torch.float32, popularity="identical")
+    y = fm.lora_linear(*operands._replace(gates=operands.gates.sign() * 3e38, scaling=operands.scaling + 9))
+    assert not torch.isfinite(y).any()
+
+
 @pytest.mark.parametrize("where", ["sim", *ON_GPU], indirect=True)
 @pytest.mark.parametrize("dtype", HALVES)
 def test_a_decode_steps_bits_do_not_depend_on_the_other_tokens(apply, dtype):

@@ -1,9 +1,9 @@
 // Grouping: sort (token, expert) pairs by expert, and tokens into tiles, on the device; once for all layers that share ids and gates.
 //
-//   | ids, gates   | [T, k]   | read twice (histogram, scatter); 8 bytes a slot                                        |
-//   | counts       | [chunks, indices] | 8 bytes each, written, scanned, read                                                 |
-//   | by position  | [T k]    | token and gate of each pair, ascending (expert, token)                                 |
-//   | by tile      | [tiles, tile_rows k] | the pairs of tile_rows tokens, ascending (expert, row)                     |
+//   | ids, gates  | [T, k]               | read twice (histogram, scatter); 8 bytes a slot         |
+//   | counts      | [chunks, indices]    | 8 bytes each: written, scanned, read                    |
+//   | by position | [T k]                | token and gate of each pair, ascending (expert, token)  |
+//   | by tile     | [tiles, tile_rows k] | the pairs of tile_rows tokens, ascending (expert, row)  |
 //
 // Four launches of kThreads threads, none of which waits for the host; no atomics: an index is counted by one thread, in token order.
 //
@@ -133,7 +133,7 @@ FM_DEVICE GroupCount scan_chunks(const GroupParams& params, int e) {
 }
 
 FM_DEVICE void run_group_scan(const GroupParams& params) {
-    GroupStart* sums = reinterpret_cast<GroupStart*>(shared_memory());  // [kThreads] of each thread's expert
+    GroupStart* sums = reinterpret_cast<GroupStart*>(shared_memory());  // [kThreads] of each thread's index
     GroupStart base = {0, 0, 0, 0};
     for (int first = 0; first < params.num_indices; first += kThreads) {
         const int e = first + thread_index();
@@ -164,7 +164,7 @@ FM_DEVICE void run_group_scatter(const GroupParams& params) {
     }
     block_barrier();  // every thread's slots are there
     chunk.walk();
-    block_barrier();  // every pair has its place
+    block_barrier();  // every pair and token has its place
     if (chunk.token >= params.num_tokens) return;
     for (int j = 0; j < chunk.num_slots; ++j) {
         const int slot = chunk.slots[thread_index() * chunk.num_slots + j];

@@ -33,6 +33,14 @@ FM_DEVICE void copy_async_16(void* shared, const void* global, int num_bytes) {
            sim::copy_async(shared, global, 16, num_bytes));
 }
 
+// The same by way of L1, for what other blocks and later tiles of this multiprocessor read too.
+FM_DEVICE void cached_async_16(void* shared, const void* global, int num_bytes) {
+    FM_PTX(asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))),
+                        "l"(global), "r"(num_bytes)
+                        : "memory"),
+           sim::copy_async(shared, global, 16, num_bytes));
+}
+
 // The same for bytes that are touched once (evict_first_policy).
 FM_DEVICE void stream_async_16(void* shared, const void* global, int num_bytes, unsigned long long policy) {
     FM_PTX(asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(

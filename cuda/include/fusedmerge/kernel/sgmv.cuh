@@ -1,17 +1,15 @@
 // SGMV: each token's own mixture of adapters beside a linear, for many tokens, without merging.
 //
-//   y[t] += sum over the experts e of token t of gate[t, e] scaling[e] B[e] (A[e] x[t])               one rounding; in float32: everything
-//   else
+//   y[t] = round(y[t] + sum over the experts e of token t, ascending, of gate[t, e] scaling[e] B[e] (A[e] x[t]))         sums in float32
 //
 //   |            | shape           | dtype       | bytes moved                                                                       |
-//   | x          | [T, in]         | bf16, fp16  | read once from HBM, k times from L2; targets of a launch share it                |
-//   | a          | [N, r, in]      | x's         | experts in use once from HBM, once for each 128 of an expert's pairs from L2     |
-//   | z          | [T k, r]        | float32     | written once; read once for each 256 columns of y, from L2                       |
-//   | b          | [N, out, r]     | x's         | experts in use once from HBM, once for each tile of tokens that has them from L2 |
+//   | x          | [T, in]         | bf16, fp16  | read once from HBM, k times from L2; targets of a launch share it                 |
+//   | a          | [N, r, in]      | x's         | experts in use once from HBM, once for each 128 of an expert's pairs from L2      |
+//   | z          | [T k, r]        | float32     | written once; read once for each 256 columns of y, from L2                        |
+//   | b          | [N, out, r]     | x's         | experts in use once from HBM, once for each tile of tokens that has them from L2  |
 //   | y          | [T, out]        | x's         | read and written once; may be a column range of packed qkv                        |
 //
-// Grids: group.cuh's four launches once for a forward; then two or three for each set of linears that share x. Any grid does: blocks walk
-// units.
+// Launches: group.cuh's four once for a forward; then two or three for each set of linears that share x, on any grid: blocks walk units.
 //
 //   group (group.cuh)   ids, gates -> pairs by expert, tiles of tokens
 //   shrink              z = A x, a warp for 16 pairs of one expert and 64 ranks

@@ -11,7 +11,7 @@
 //   for each expert of the tile, 64 ranks:  load B | for 8 pairs:  load z, split | mma | sums[row] += products
 //   for each row:  y = round(y + sums)
 //
-// z is scaled by a power of two for each pair and 64 ranks, so that neither half leaves a 16-bit type's range: hi + lo is z to 2^-17
+// z is scaled by a power of two for each pair and 64 ranks, so that neither half leaves a 16-bit type's range: high + low is z to 2^-18
 // (bf16). Shared sums are swizzled: 16 bytes of columns 4c .. 4c + 3 lie at place c ^ (row % 8).
 #pragma once
 
@@ -73,8 +73,9 @@ struct ExpandWarp {
         warp_barrier();  // the sums have been read
     }
 
+    // -0.0: where no expert has ranks, y + sum is y, and -0.0 too.
     FM_DEVICE void clear() {
-        for (int i = thread_index() % kWarpLanes; i < num_rows * kWarpCols; i += kWarpLanes) sums[i] = 0.0f;
+        for (int i = thread_index() % kWarpLanes; i < num_rows * kWarpCols; i += kWarpLanes) sums[i] = -0.0f;
     }
 
     // All pairs of one expert.
@@ -139,8 +140,9 @@ struct ExpandWarp {
             if (32 * block >= num_ranks) break;
             unsigned high[4], low[4];
             FM_UNROLL
-            for (int i = 0; i < 4; ++i)
+            for (int i = 0; i < 4; ++i) {
                 split_pair(high[i], low[i], multiply(values[block][2 * i], scale), multiply(values[block][2 * i + 1], scale));
+            }
             FM_UNROLL
             for (int i = 0; i < 4; ++i) {
                 const int tile = i % 2, word = i / 2 * 2;

@@ -83,10 +83,19 @@ FM_DEVICE void copy_elements(void* shared, const T* from, int count) {
     FM_NO_UNROLL
     for (int i = 0; i < 8; ++i) static_cast<unsigned short*>(shared)[i] = i < count ? from[i].bits : 0;
 }
+FM_DEVICE int octet_bytes(int count) { return count >= 8 ? 16 : count > 0 ? 2 * count : 0; }
 template <class T>
 FM_DEVICE void copy_octet(void* shared, const T* from, int count, bool aligned) {
     if (aligned) {
-        copy_async_16(shared, from, count >= 8 ? 16 : count > 0 ? 2 * count : 0);
+        copy_async_16(shared, from, octet_bytes(count));
+    } else {
+        copy_elements(shared, from, count);
+    }
+}
+template <class T>
+FM_DEVICE void cached_octet(void* shared, const T* from, int count, bool aligned) {
+    if (aligned) {
+        cached_async_16(shared, from, octet_bytes(count));
     } else {
         copy_elements(shared, from, count);
     }
@@ -94,7 +103,7 @@ FM_DEVICE void copy_octet(void* shared, const T* from, int count, bool aligned) 
 template <class T>
 FM_DEVICE void stream_octet(void* shared, const T* from, int count, bool aligned, unsigned long long policy) {
     if (aligned) {
-        stream_async_16(shared, from, count >= 8 ? 16 : count > 0 ? 2 * count : 0, policy);
+        stream_async_16(shared, from, octet_bytes(count), policy);
     } else {
         copy_elements(shared, from, count);
     }
