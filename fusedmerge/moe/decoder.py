@@ -96,8 +96,9 @@ class Decoder:
         device: torch.device | str = "cpu",
         packed: bool = False,
     ) -> Decoder:
-        """Load a checkpoint of transformers (safetensors, one file or sharded). dtype: the configuration's own by default.
-        experts: also a directory that `fusedmerge.moe.save` wrote.
+        """Load a checkpoint of transformers (safetensors, one file or sharded).
+
+        experts: a set, or a directory that `fusedmerge.moe.save` wrote (or `load` reads). dtype: the configuration's own by default.
 
         Raises MissingFileError; FormatError for another architecture, an option that is not computed here, a tensor that is missing or
         unknown, a damaged file; ShapeError; DeviceError.
