@@ -248,9 +248,10 @@ def check_routing(x, weight, k, normalize, ids, gates):
     ],
 )
 def test_route(where, dtype, num_tokens, cols, adapters, k, normalize):
-    x, weight = torch.randn(num_tokens, cols).to(dtype), (torch.randn(adapters, cols) / cols**0.5).to(dtype)
-    ids, gates = linear.route(where, x, weight, k, normalize)
-    check_routing(x, weight, k, normalize, ids, gates)
+    x, weight = torch.randn(num_tokens, cols).to(dtype), torch.randn(adapters, cols) / cols**0.5
+    for router in (weight.to(dtype), weight):
+        ids, gates = linear.route(where, x, router, k, normalize)
+        check_routing(x, router, k, normalize, ids, gates)
 
 
 def test_ties_padding_and_nan(where):
@@ -267,11 +268,11 @@ def test_ties_padding_and_nan(where):
 
 
 @pytest.mark.parametrize(("k", "normalize"), [(2, True), (3, False), (1, True)])
-@pytest.mark.parametrize("source", [None, "norm"])
-def test_a_layer_s_own_router(where, k, normalize, source):
+@pytest.mark.parametrize(("source", "dtype"), [(None, torch.float32), ("norm", torch.bfloat16)])
+def test_a_layer_s_own_router(where, k, normalize, source, dtype):
     """The fused router chooses what `route` chooses from the same x, bit for bit, and all else follows from it."""
     problem = kit.make(9, 2100, rows=(20, 9), ranks=(8, 20), adapters=11)
-    weight = torch.randn(11, 2100).to(torch.bfloat16)
+    weight = torch.randn(11, 2100).to(dtype)
     given = Norm(torch.rand(2100).to(torch.bfloat16), 1e-6) if source else None
     applied = linear.decode_group(where, problem.x, problem.targets, Router(weight, k, normalize), given)
     ids, gates = linear.route(where, applied.x, weight, k, normalize)

@@ -238,13 +238,14 @@ def route_truth(x, router, k, normalize):
     return ids, gates / gates.sum(axis=-1, keepdims=True) if normalize and k > 1 else gates
 
 
+@pytest.mark.parametrize("router_dtype", [None, torch.float32])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(("num_adapters", "k"), [(1, 1), (8, 1), (8, 2), (8, 8), (67, 5)])
-def test_routing(choose, num_adapters, k, normalize, dtype):
+def test_routing(choose, num_adapters, k, normalize, dtype, router_dtype):
     rng = torch.Generator().manual_seed(num_adapters)
     x = torch.randn(3, 7, 96, generator=rng, dtype=torch.float64).to(dtype)
-    router = (torch.randn(num_adapters, 96, generator=rng, dtype=torch.float64) * 0.2).to(dtype)
+    router = (torch.randn(num_adapters, 96, generator=rng, dtype=torch.float64) * 0.2).to(router_dtype or dtype)
     ids, gates = choose(x, router, k, normalize)
     expected_ids, expected_gates = route_truth(x, router, k, normalize)
     assert ids.dtype == torch.int32 and gates.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)

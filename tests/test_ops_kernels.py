@@ -135,6 +135,8 @@ def test_routing_by_the_kernel(calls, normalize):
     assert (name, where, rows.shape, k, over_top) == ("route", "sim", (6, 8), 2, normalize)
     assert ids.shape == gates.shape == (2, 3, 2) and ids.dtype == torch.int32
     fm.route_topk(x, router.float(), 2)
+    assert calls.pop()[1][2].dtype == torch.float32
+    fm.route_topk(x, router.half(), 2)
     fm.route_topk(x.float(), router.float(), 2)
     fm.route_topk(x[:0], router, 2)
     fm.route_topk(x, torch.zeros(4097, 8, dtype=torch.bfloat16), 2)

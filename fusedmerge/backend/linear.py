@@ -77,7 +77,7 @@ class Known:
 class Router:
     """A layer's own router: each token's slots are chosen from x, on the device (`ops.route_topk` tells the meaning)."""
 
-    weight: torch.Tensor  # [N, in]
+    weight: torch.Tensor  # [N, in], of x's dtype or float32
     k: int
     normalize: bool = True
 
@@ -98,7 +98,7 @@ def route(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The k adapters that score highest for each token, and their gates: one launch (`ops.route_topk` tells the meaning).
 
-    x [T, in], router_weight [N, in] (N up to 4096, k up to 32), mask int32 [T] (0: padding, which gets ids -1 and gates 0)
+    x [T, in], router_weight [N, in] of x's dtype or float32 (N up to 4096, k up to 32), mask int32 [T] (0: padding: ids -1, gates 0)
     -> ids int32 [T, k], gates float32 [T, k]. Raises InvalidValueError for larger N and k.
     """
     _check_count("k", "slots of a token", k, MAX_SLOTS)
@@ -116,7 +116,7 @@ def route(
         num_adapters=len(router_weight),
         num_slots=k,
         normalize=normalize,
-        flags=_flags((x, lp.X_ALIGNED), (router_weight, lp.ROUTER_ALIGNED)),
+        flags=_flags((x, lp.X_ALIGNED)) | _router_flags(x, router_weight),
     )
     if len(x):
         name, number = _dtype(x)
@@ -241,7 +241,7 @@ class _Group:
         params.num_slots = self._ids.shape[1]
         _check_count("ids", "slots of a token", params.num_slots, MAX_SLOTS)
         params.ids, params.gates = self._ids.data_ptr(), self._gates.data_ptr()
-        return _flags((routing.weight, lp.ROUTER_ALIGNED)) if isinstance(routing, Router) else 0
+        return _router_flags(x, routing.weight) if isinstance(routing, Router) else 0
 
     def _set_targets(self, targets: Sequence[Target], ys: Sequence[torch.Tensor]) -> None:
         import torch
@@ -310,6 +310,10 @@ def _address(tensor: torch.Tensor | None) -> int | None:
 def _flags(*pairs: tuple[torch.Tensor, int]) -> int:
     """The flags of the tensors whose every row begins at a multiple of 16 bytes."""
     return sum(flag for tensor, flag in pairs if _aligned(tensor))
+
+
+def _router_flags(x: torch.Tensor, weight: torch.Tensor) -> int:
+    return _flags((weight, lp.ROUTER_ALIGNED)) | (0 if weight.dtype == x.dtype else lp.ROUTER_WIDE)
 
 
 def _aligned(tensor: torch.Tensor) -> bool:

@@ -207,7 +207,8 @@ _define("route_topk", "(Tensor x, Tensor router_weight, int k, bool normalize) -
 def _route_topk(x: torch.Tensor, router_weight: torch.Tensor, k: int, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
     check_route(x, router_weight, k)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    name = implementation("route_topk", len(router_weight), k, x, router_weight)
+    narrow = [router_weight] if router_weight.dtype != torch.float32 else []  # a float32 router is fine beside 16-bit tokens
+    name = implementation("route_topk", len(router_weight), k, x, *narrow)
     if name == "torch" or rows.numel() == 0:
         with exact_products():
             ids, gates = torch_route.route(rows, router_weight, k, normalize)
