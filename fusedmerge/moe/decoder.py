@@ -18,6 +18,7 @@ from fusedmerge.checks import usable_device
 from fusedmerge.errors import DeviceError, DtypeError, InvalidTypeError, InvalidValueError, ShapeError
 from fusedmerge.moe.decoder_files import DecoderConfig, bias_name, check_weights, linear_names, read_checkpoint
 from fusedmerge.moe.experts import ExpertSet
+from fusedmerge.ops import group_once
 from fusedmerge.weights import collect
 
 if TYPE_CHECKING:
@@ -95,8 +96,9 @@ class Decoder:
         device: torch.device | str = "cpu",
         packed: bool = False,
     ) -> Decoder:
-        """Load a checkpoint of transformers (safetensors, one file or sharded). dtype: the configuration's own by default.
-        experts: also a directory that `fusedmerge.moe.save` wrote.
+        """Load a checkpoint of transformers (safetensors, one file or sharded).
+
+        experts: a set, or a directory that `fusedmerge.moe.save` wrote (or `load` reads). dtype: the configuration's own by default.
 
         Raises MissingFileError; FormatError for another architecture, an option that is not computed here, a tensor that is missing or
         unknown, a damaged file; ShapeError; DeviceError.
@@ -119,7 +121,7 @@ class Decoder:
 
     def to(self, dtype: torch.dtype) -> Decoder:
         """A copy in another dtype."""
-        weights = {name: weight.to(dtype) for name, weight in self.weights.items()}
+        weights = {name: weight.to(dtype, copy=True) for name, weight in self.weights.items()}
         return Decoder(self.config, weights, self.experts.to(dtype) if self.experts else None, packed=bool(self.packed))
 
     def _pack(self, names: Sequence[str]) -> None:
@@ -148,12 +150,13 @@ class Decoder:
         turn = (positions - cache.padding[:, None]).clamp_min(0)  # [B, T]
         rope = (cache.cos[turn][:, None], cache.sin[turn][:, None])  # [B, 1, T, D] each
         masks = {window: self._mask(cache, positions, span, window) for window in set(self.config.windows)}  # [B, 1, T, span] each
-        for layer, names in enumerate(self.names):
-            mask = masks[self.config.windows[layer]]
-            seen = self._norm(x, f"model.layers.{layer}.input_layernorm.weight")  # [B, T, hidden]
-            x = x + self._attention(layer, seen, cache, positions, rope, mask, apply)  # [B, T, hidden]
-            seen = self._norm(x, f"model.layers.{layer}.post_attention_layernorm.weight")  # [B, T, hidden]
-            x = x + apply.mlp(seen, names["gate_proj"], names["up_proj"], names["down_proj"])  # [B, T, hidden]
+        with group_once():  # layers that share a route share its grouping, where there are many tokens
+            for layer, names in enumerate(self.names):
+                mask = masks[self.config.windows[layer]]
+                seen = self._norm(x, f"model.layers.{layer}.input_layernorm.weight")  # [B, T, hidden]
+                x = x + self._attention(layer, seen, cache, positions, rope, mask, apply)  # [B, T, hidden]
+                seen = self._norm(x, f"model.layers.{layer}.post_attention_layernorm.weight")  # [B, T, hidden]
+                x = x + apply.mlp(seen, names["gate_proj"], names["up_proj"], names["down_proj"])  # [B, T, hidden]
         return self._norm(x, "model.norm.weight")
 
     def head(self, hidden: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from fusedmerge.moe.layers import MoELinear
 from fusedmerge.moe.routing import TableRouter
 from fusedmerge.moe.strategies import MERGED, add_unfused, full, merge_simple, one_route
 from fusedmerge.moe.structure import Structure, structure
-from fusedmerge.ops import lora_linear
+from fusedmerge.ops import group_once, lora_linear
 from fusedmerge.switcher import Switcher
 
 if TYPE_CHECKING:
@@ -60,14 +60,10 @@ class ModelSession:
             return self._forward(tokens[:, None], positions)
 
     def _forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        options = {"position_ids": positions, "logits_to_keep": 1}
-        out = self.model(
-            input_ids=tokens,
-            attention_mask=self._mask,
-            past_key_values=self._cache,
-            use_cache=True,
-            **{name: value for name, value in options.items() if name in self._accepted},
-        )
+        options: dict[str, Any] = {"position_ids": positions, "logits_to_keep": 1}
+        options = {name: value for name, value in options.items() if name in self._accepted}
+        with group_once():
+            out = self.model(input_ids=tokens, attention_mask=self._mask, past_key_values=self._cache, use_cache=True, **options)
         self._cache = getattr(out, "past_key_values", None)
         if self._cache is None:
             raise InvalidTypeError(_OP, "model", "a causal language model with a KV cache", type(self.model).__name__)
