@@ -37,7 +37,7 @@ def aux_loss(model: torch.nn.Module) -> torch.Tensor:
     found = structure(model)
     if found.last_loss is None:
         raise StateError("aux_loss", "model", "a forward before it, with gradients on, with labels or in recording()", "none")
-    return found.last_loss
+    return found.last_loss()
 
 
 def total_loss(

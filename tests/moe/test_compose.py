@@ -72,6 +72,23 @@ def test_a_table_needs_no_training(adapters):
         model(inputs_embeds=torch.zeros(1, 2, 16))
 
 
+def test_a_control_token_decides_for_what_follows_it(adapters, tmp_path):
+    math, code, off, other = 3, 9, 11, 20
+    model = fm.moe.compose(tiny(), adapters, table={math: "math", code: {"code": 0.5, "chat": 1.0}, off: []}, hold=True)
+    made = fm.moe.structure(model)
+    ids = torch.tensor([[other, math, other, other, code, other, math], [math, off, other, code, other, other, other]])
+    rows = {math: ([0, -1], [1.0, 0.0]), code: ([1, 2], [0.5, 1.0]), off: ([-1, -1], [0.0, 0.0])}
+    steering = [[off, math, math, math, code, code, math], [math, off, off, code, code, code, code]]
+    with made.forced(*(torch.tensor([[rows[token][part] for token in row] for row in steering]) for part in (0, 1))):
+        expected = model(ids).logits
+    assert torch.equal(model(ids).logits, expected)
+    first = model(ids[:, :3], use_cache=True)
+    parts = [first.logits] + [model(ids[:, t : t + 1], past_key_values=first.past_key_values).logits for t in range(3, 7)]
+    torch.testing.assert_close(torch.cat(parts, 1), expected, atol=1e-5, rtol=1e-5)
+    fm.moe.save(model, tmp_path / "saved")
+    assert torch.equal(fm.moe.load(tiny(), tmp_path / "saved")(ids).logits, expected)
+
+
 @pytest.mark.parametrize(
     ("fields", "error", "match"),
     [

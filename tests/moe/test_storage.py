@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fusedmerge as fm
-from fusedmerge.errors import FormatError, InvalidTypeError, InvalidValueError, MissingFileError, StateError
+from fusedmerge.errors import FormatError, InvalidTypeError, InvalidValueError, MissingFileError, StateError, UnknownNameError
 from tests.moe.material import SIZES, adapted, config, tiny, tokens
 from tests.moe.test_inject import Backwards
 
@@ -199,7 +199,7 @@ class Project:
     def write(self, directory, **fields):
         directory.mkdir()
         c = self.made.config
-        common = {"r": c.r, "lora_alpha": c.lora_alpha, "lora_dropout": 0.0, "bias": "none", "target_modules": ["q_proj"]}
+        common = {"r": c.r, "lora_alpha": c.lora_alpha, "lora_dropout": 0.25, "bias": "none", "target_modules": ["q_proj"]}
         (directory / "adapter_config.json").write_text(json.dumps(common | fields))
         torch.save(self.tensors, directory / "adapter_model.bin")
         return directory
@@ -228,7 +228,16 @@ def test_moe_pefts_layouts(method, tmp_path):
     model, ids = adapted(method), tokens()
     fields = {"num_experts": 4, "peft_type": method.upper(), "routing_strategy": method} | ({"top_k": 2} if method != "loramoe" else {})
     directory = MoEPEFT(model).write(tmp_path / "a", **fields)
-    torch.testing.assert_close(fm.moe.load(tiny(), directory)(ids).logits, model(ids).logits)
+    loaded = fm.moe.load(tiny(), directory)
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+    assert fm.moe.structure(loaded).config.lora_dropout == 0.25
+    shallow = tiny(num_hidden_layers=1)
+    with pytest.raises((FormatError, UnknownNameError)):
+        fm.moe.load(shallow, directory)
+    assert shallow.state_dict().keys() == tiny(num_hidden_layers=1).state_dict().keys()
+    if method == "mixlora":
+        with pytest.raises(FormatError, match="act_fn"):
+            fm.moe.load(tiny(), MoEPEFT(model).write(tmp_path / "b", **fields, act_fn="gelu"))
 
 
 def test_molas_own_layout_with_experts_by_layer(tmp_path):
@@ -260,6 +269,7 @@ def lora_directory(path, seed, r=2):
         {"layerwise_scalings": True, "softmax_temperature": 0.3},
         {"xlora_depth": 3, "xlora_size": 6, "top_k_lora": 2},
         {"top_k_lora": 1, "enable_softmax": False, "enable_softmax_topk": True},
+        {"enable_softmax": False, "enable_softmax_topk": True},
         {"enable_softmax": False, "global_scaling_weight": 0.5},
     ],
 )
@@ -314,6 +324,11 @@ def test_x_loras_authors_layout(tmp_path):
     elsewhere = fm.moe.load(tiny(), tmp_path / "x", adapters=[tmp_path / "x/adapters/e1", tmp_path / "x/adapters/e0"])
     name, linear = next(iter(fm.moe.structure(elsewhere).linears.items()))
     assert torch.equal(linear.lora_A.flip(0), made.linears[name].lora_A)
+    for field, value in (("scaling_pass_value", 0.5), ("enable_softmax_topk", True)):
+        (tmp_path / "x/xlora_config.json").write_text(json.dumps(values | {field: value}))
+        with pytest.raises(FormatError, match=field):
+            fm.moe.load(tiny(), tmp_path / "x")
+    (tmp_path / "x/xlora_config.json").write_text(json.dumps(values))
     with pytest.raises(MissingFileError, match="e0"):
         fm.moe.load(tiny(), tmp_path / "x", adapters={"e0": tmp_path / "none", "e1": tmp_path / "x/adapters/e1"})
     with pytest.raises(InvalidValueError, match="adapters"):
