@@ -38,9 +38,9 @@ class TargetSize(NamedTuple):
 class Rates:
     """What a device does. Measured by `measure_rates`, or given."""
 
-    bytes_per_second: float  # of a copy: bytes read + bytes written
+    bytes_per_second: float  # of a copy: bytes read + bytes written; on the CPU at most what a linear for one token reads
     flops_per_second: float  # of a matrix product
-    launch_seconds: float  # what one more launch costs (on the CPU: one more call of lora_linear)
+    launch_seconds: float  # of one launch more; on the CPU, what lora_linear itself costs a call
 
     def __post_init__(self) -> None:
         for field, least in (("bytes_per_second", 1.0), ("flops_per_second", 1.0), ("launch_seconds", 0.0)):
@@ -80,15 +80,18 @@ class Crossover:
             f"Crossover(merge where a mixture lives for more than {self.tokens:.1f} tokens: "
             f"switch {self.switch_seconds * 1e3:.3g} ms ({self.switch.nbytes / 1e9:.3g} GB), "
             f"fused +{self.fused_extra_seconds_per_token * 1e3:.3g} ms a token ({self.fused_extra.nbytes / 1e9:.3g} GB), "
-            f"copy {self.rates.bytes_per_second / 1e9:.4g} GB/s)"
+            f"at {self.rates.bytes_per_second / 1e9:.4g} GB/s)"
         )
 
 
-def crossover(weights: Weights, bank: AdapterBank, k: int, *, mode: str = "exact", rates: Rates | None = None) -> Crossover:
+def crossover(
+    weights: Weights, bank: AdapterBank, k: int, *, mode: str = "exact", rates: Rates | None = None, launches: int | None = None
+) -> Crossover:
     """From how many tokens per mixture on merging is cheaper than fused application, in decoding at batch 1.
 
     weights: the model (or its tensors by name) that `bank` adapts; k: experts in a mixture; mode: the Switcher's. rates: what the device
-    does; by default measured, once in a process, in about a second. A batch whose tokens share one mixture counts as one token a step.
+    does; by default measured, once in a process, in about a second. launches: how many more a fused step has than the backbone's; by
+    default one for each target, as `lora_linear` has. A batch whose tokens share one mixture counts as one token a step.
 
     Raises UnknownNameError for targets that the model lacks; InvalidValueError for k outside [1, N] or another mode.
     """
@@ -100,7 +103,7 @@ def crossover(weights: Weights, bank: AdapterBank, k: int, *, mode: str = "exact
     device = bank.target(bank.targets[0]).a.device
     rates = rates or measure_rates(device)
     switch = switch_work(sizes, k, mode)
-    fused = fused_work(sizes, k, len(bank), second_pass=device.type == "cpu")
+    fused = fused_work(sizes, k, len(bank), launches=launches, second_pass=device.type == "cpu")
     switch_seconds, extra = switch.seconds(rates), fused.seconds(rates)
     return Crossover(switch_seconds / extra, switch_seconds, extra, switch, fused, rates)
 
@@ -132,8 +135,16 @@ def switch_work(targets: Iterable[TargetSize], k: int, mode: str = "exact") -> W
     return Work(nbytes, flops, 1)
 
 
-def fused_work(targets: Sequence[TargetSize], k: int, num_adapters: int, tokens: int = 1, *, second_pass: bool = False) -> Work:
-    """What one decode step of `tokens` tokens costs beyond the backbone's: the chosen experts' factors, and one launch a target for A x.
+def fused_work(
+    targets: Sequence[TargetSize],
+    k: int,
+    num_adapters: int,
+    tokens: int = 1,
+    *,
+    launches: int | None = None,
+    second_pass: bool = False,
+) -> Work:
+    """What one decode step of `tokens` tokens costs beyond the backbone's: the chosen experts' factors, and `launches` (one a target).
 
     Tokens that route at random choose num_adapters (1 - (1 - k / num_adapters)^tokens) experts between them. second_pass: 16-bit weights
     are read twice, as `lora_linear` does on the CPU.
@@ -143,7 +154,7 @@ def fused_work(targets: Sequence[TargetSize], k: int, num_adapters: int, tokens:
     if second_pass:
         nbytes += sum(t.rows * t.cols * t.weight_itemsize for t in targets if t.weight_itemsize == 2)
     flops = sum(2 * tokens * k * target.rank * (target.rows + target.cols) for target in targets)
-    return Work(nbytes, flops, len(targets))
+    return Work(nbytes, flops, len(targets) if launches is None else launches)
 
 
 def _factor_bytes(target: TargetSize) -> int:
@@ -172,13 +183,16 @@ def _measure(device: str, _threads: int) -> Rates:
     matrix = torch.ones(side, side, dtype=torch.float32 if on_cpu else torch.bfloat16, device=device)
     product = torch.empty_like(matrix)
     with torch.no_grad():
-        copy = _seconds(lambda: target.copy_(source), device)
+        bandwidth = 2 * nbytes / _seconds(lambda: target.copy_(source), device)
         multiply = _seconds(lambda: torch.mm(matrix, matrix, out=product), device)
-        launch = _call_seconds(device) if on_cpu else _launch_seconds(device)
-    return Rates(2 * nbytes / copy, 2 * side**3 / multiply, launch)
+        if on_cpu:  # one token's products do not keep up with a copy there
+            weight, x = source.view(torch.bfloat16).view(-1, 4096), torch.zeros(1, 4096, dtype=torch.bfloat16)
+            bandwidth = min(bandwidth, nbytes / _seconds(lambda: torch.nn.functional.linear(x, weight), device))
+        launch = _call_seconds() if on_cpu else _launch_seconds(device)
+    return Rates(bandwidth, 2 * side**3 / multiply, launch)
 
 
-def _seconds(run: Callable[[], object], device: str, repeats: int = 1, trials: int = 5) -> float:
+def _seconds(run: Callable[[], object], device: str, trials: int = 5) -> float:
     """The least time of `run`."""
     import torch
 
@@ -191,24 +205,23 @@ def _seconds(run: Callable[[], object], device: str, repeats: int = 1, trials: i
     for _ in range(trials):
         wait()
         start = time.perf_counter()
-        for _ in range(repeats):
-            run()
+        run()
         wait()
-        best = min(best, (time.perf_counter() - start) / repeats)
+        best = min(best, time.perf_counter() - start)
     return best
 
 
-def _call_seconds(device: str) -> float:
-    """What a call of lora_linear with nothing to compute takes longer than the linear alone."""
+def _call_seconds() -> float:
+    """What a call of lora_linear on the CPU takes longer than the linear alone, with small factors, and nothing in the cache."""
     import torch
 
     from fusedmerge.ops import lora_linear
 
-    x, a = torch.ones(1, 16, device=device), torch.ones(2, 1, 16, device=device)
-    weight, b = torch.ones(16, 16, device=device), torch.ones(2, 16, 1, device=device)
-    ids, gates = torch.tensor([[0, 1]], dtype=torch.int32, device=device), torch.ones(1, 2, device=device)
-    whole = _seconds(lambda: lora_linear(x, weight, a, b, ids, gates), device, repeats=50)
-    return max(0.0, whole - _seconds(lambda: torch.nn.functional.linear(x, weight), device, repeats=50))
+    x, ids, gates = torch.ones(1, 512), torch.tensor([[0, 1]], dtype=torch.int32), torch.ones(1, 2)
+    layers = [(torch.ones(512, 512), torch.ones(2, 1, 512), torch.ones(2, 512, 1)) for _ in range(64)]  # 64 MB
+    whole = _seconds(lambda: [lora_linear(x, *layer, ids, gates) for layer in layers], "cpu")
+    plain = _seconds(lambda: [torch.nn.functional.linear(x, weight) for weight, _, _ in layers], "cpu")
+    return max(0.0, whole - plain) / len(layers)
 
 
 def _launch_seconds(device: str) -> float:

@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Suite", "begin", "device_name", "write"]
+__all__ = ["Suite", "begin", "device_name", "head", "write", "write_content"]
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"torch": "torch", "transformers": "transformers", "peft": "peft", "numpy": "numpy", "triton": "triton"}
@@ -59,16 +59,16 @@ def device_name() -> str:
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
 
 
-def write(suite: Suite, results: Path, began: dict[str, Any]) -> Path:
-    """Write <results>/<device>/<suite>.json, whole or not at all."""
+def head(name: str, began: dict[str, Any]) -> dict[str, Any]:
+    """What every results file begins with."""
     import torch
 
     from fusedmerge.backend import backends
 
     gpu = torch.cuda.is_available()
-    content = {
+    return {
         "schema": 1,
-        "suite": suite.name,
+        "suite": name,
         "device": device_name(),
         "processor": torch.cuda.get_device_name() if gpu else _processor(),
         "driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0") if gpu else None,
@@ -78,10 +78,18 @@ def write(suite: Suite, results: Path, began: dict[str, Any]) -> Path:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "backend": {name: status.reason for name, status in backends().items() if status},
         "threads": torch.get_num_threads(),
-        "setting": suite.setting,
-        "cases": suite.cases,
     }
-    path = results / str(content["device"]) / f"{suite.name}.json"
+
+
+def write(suite: Suite, results: Path, began: dict[str, Any]) -> Path:
+    """Write <results>/<device>/<suite>.json, whole or not at all."""
+    content = {**head(suite.name, began), "setting": suite.setting, "cases": suite.cases}
+    return write_content(content, results)
+
+
+def write_content(content: dict[str, Any], results: Path) -> Path:
+    """The same for a file that is no list of cases; content: `head`'s fields and more."""
+    path = results / str(content["device"]) / f"{content['suite']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(content, indent=1) + "\n")

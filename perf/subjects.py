@@ -78,12 +78,16 @@ def make_bank(weights: Mapping[str, torch.Tensor], num_adapters: int, r: int, se
 
 
 def mixtures(names: Sequence[str], k: int, count: int = 64, seed: int = 0) -> list[Mixture]:
-    """`count` random mixtures of k adapters, gates in [0.1, 0.9] before they are made to add up to 1; no two in a row are the same."""
+    """`count` random mixtures of k of more than k adapters, to go round in: gates in [0.1, 0.9] before they are made to add up to 1, and
+    no two neighbours of the same adapters (a switch to what is merged does nothing)."""
     rng = random.Random(seed)
-    found = []
-    for _ in range(count):
+    found: list[Mixture] = []
+    while len(found) < count:
         gates = [rng.uniform(0.1, 0.9) for _ in range(k)]
-        found.append({name: gate / sum(gates) for name, gate in zip(rng.sample(list(names), k), gates, strict=True)})
+        mixture = {name: gate / sum(gates) for name, gate in zip(rng.sample(list(names), k), gates, strict=True)}
+        neighbours = [*found[-1:], *(found[:1] if len(found) == count - 1 else [])]
+        if all(mixture.keys() != other.keys() for other in neighbours):
+            found.append(mixture)
     return found
 
 

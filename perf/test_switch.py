@@ -10,6 +10,7 @@ import functools
 import gc
 import importlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -104,6 +105,10 @@ def peak_bytes(call: Callable[[], Any]) -> int | None:
     return int(torch.cuda.max_memory_allocated() - before)
 
 
+def nbytes(weights: Weights) -> int:
+    return sum(tensor.nbytes for tensor in weights.values())
+
+
 def test_side_by_side(benchmark: Any, suite: Suite, ceilings: Ceilings, rounds: int) -> None:
     """The switch, the copy, PEFT and the loops, on the main model."""
     backbone = BACKBONES[0]
@@ -116,18 +121,18 @@ def test_side_by_side(benchmark: Any, suite: Suite, ceilings: Ceilings, rounds: 
     plan = mixtures(bank.names, TOP_K)
     peft_live, peft_switches, peft_restore = rivals.peft(whole, bank, RANK)
     shapes = backbone.shapes
+    exact, fast_loop = model.switch_exact(shapes, RANK, TOP_K), model.addmm_bfloat16(shapes, RANK, TOP_K)
     costs = {
-        "exact": model.switch_exact(shapes, RANK, TOP_K),
-        "copy": model.copy(model.switch_exact(shapes, RANK, TOP_K).bytes),
+        "exact": exact,
+        "copy": model.copy(exact.bytes),
         "peft_float32": model.peft(shapes, RANK, TOP_K, 4),
         "peft_bfloat16": model.peft(shapes, RANK, TOP_K, 2),
         "addmm_float32": model.addmm_float32(shapes, RANK, TOP_K),
-        "addmm_bfloat16": model.addmm_bfloat16(shapes, RANK, TOP_K),
-        "addmm_bfloat16_captured": model.addmm_bfloat16(shapes, RANK, TOP_K),
-        "addmm_bfloat16_compiled": model.addmm_bfloat16(shapes, RANK, TOP_K),
-        "triton": model.switch_exact(shapes, RANK, TOP_K),
+        "addmm_bfloat16": fast_loop,
+        "addmm_bfloat16_captured": fast_loop,
+        "addmm_bfloat16_compiled": fast_loop,
+        "triton": replace(exact, launches=len(shapes)),
     }
-    costs["triton"] = Cost(costs["triton"].read, costs["triton"].written, costs["triton"].flops, len(shapes))
     merges = {f"peft_{dtype}": (switch, peft_live) for dtype, switch in peft_switches.items()}
     loops: dict[str, rivals.Switch] = {
         "addmm_float32": rivals.addmm_float32(base, other, bank),
@@ -150,7 +155,7 @@ def test_side_by_side(benchmark: Any, suite: Suite, ceilings: Ceilings, rounds: 
     samples = in_turn(benchmark, calls, WHERE, rounds, SECONDS, before)
     switcher.switch(plan[0])
     found["exact"] = checked(live, base, bank, plan[0], rows=None if not GPU else 16)
-    memory = {"exact": {"extra_bytes": backbone.adapted * model.WEIGHT, "peak_bytes": peak_bytes(lambda: switcher.switch(plan[1]))}}
+    memory = {"exact": {"extra_bytes": nbytes(base), "peak_bytes": peak_bytes(lambda: switcher.switch(plan[1]))}}
     for name in calls:
         more = {"error": found.get(name), **memory.get(name, {})}
         record(suite, ceilings, name, SIDE_BY_SIDE, TITLES[name], samples, name, "exact", costs[name], compared_to="switch", **more)
@@ -186,18 +191,10 @@ def require_room(backbone: Backbone, num_adapters: int, r: int, copies: int) -> 
 
 
 def measure_point(
-    benchmark: Any,
-    suite: Suite,
-    ceilings: Ceilings,
-    rounds: int,
-    group: str,
-    title: str,
-    backbone: Backbone,
-    num_adapters: int,
-    r: int,
-    k: int,
-) -> None:
-    """exact, inplace, and copies with their traffics, in turn; the two switches have weights of their own."""
+    benchmark: Any, suite: Suite, ceilings: Ceilings, rounds: int, group: str, title: str, backbone: Backbone, sizes: tuple[int, int, int]
+) -> None:  # fmt: skip
+    """exact, inplace, and copies with their traffics, in turn; the two switches have weights of their own. sizes: N, r, k."""
+    num_adapters, r, k = sizes
     require_room(backbone, num_adapters, r, copies=3)
     base = make_weights(backbone, WHERE)
     bank = make_bank(base, num_adapters, r)
@@ -214,8 +211,7 @@ def measure_point(
     samples = in_turn(benchmark, calls, WHERE, rounds, SECONDS / 4)
     for mode, switcher in switchers.items():
         peak = peak_bytes(functools.partial(switcher.switch, plan[1]))
-        extra = backbone.adapted * model.WEIGHT if mode == "exact" else 0
-        more = {"error": found[mode], "extra_bytes": extra, "peak_bytes": peak}
+        more = {"error": found[mode], "extra_bytes": nbytes(base) if mode == "exact" else 0, "peak_bytes": peak}
         samples_of = {mode: samples[mode], "copy": samples[f"copy_{mode}"]}
         name = f"{title}, {mode}"
         record(suite, ceilings, name, group, name, samples_of, mode, "copy", costs[mode], **more)
@@ -225,7 +221,7 @@ def measure_point(
 @pytest.mark.parametrize("backbone", BACKBONES, ids=lambda backbone: backbone.name.replace(" ", "_"))
 def test_models(benchmark: Any, suite: Suite, ceilings: Ceilings, rounds: int, backbone: Backbone) -> None:
     """Both modes on every model, beside a copy of the same bytes."""
-    measure_point(benchmark, suite, ceilings, rounds, SHAPES, backbone.name, backbone, NUM_ADAPTERS, RANK, TOP_K)
+    measure_point(benchmark, suite, ceilings, rounds, SHAPES, backbone.name, backbone, (NUM_ADAPTERS, RANK, TOP_K))
 
 
 CORNER_POINTS = [  # (N, r, k)
@@ -238,12 +234,10 @@ CORNER_POINTS = [  # (N, r, k)
 ]
 
 
-@pytest.mark.parametrize(("num_adapters", "r", "k"), CORNER_POINTS)
-def test_corners(benchmark: Any, suite: Suite, ceilings: Ceilings, rounds: int, num_adapters: int, r: int, k: int) -> None:
+@pytest.mark.parametrize("sizes", CORNER_POINTS, ids=lambda sizes: "N={},r={},k={}".format(*sizes))
+def test_corners(benchmark: Any, suite: Suite, ceilings: Ceilings, rounds: int, sizes: tuple[int, int, int]) -> None:
     """The ends of the ranges of r, k and N on the main model (test_scaling.py has what lies between)."""
-    backbone = BACKBONES[0]
-    title = f"N = {num_adapters}, r = {r}, top-{k}"
-    measure_point(benchmark, suite, ceilings, rounds, CORNERS, title, backbone, num_adapters, r, k)
+    measure_point(benchmark, suite, ceilings, rounds, CORNERS, "N = {}, r = {}, top-{}".format(*sizes), BACKBONES[0], sizes)
 
 
 def fp8_base(shapes: Mapping[str, tuple[int, int]]) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, torch.Tensor]]:

@@ -28,7 +28,7 @@ TILE, DEPTH = 128, 16
 
 
 @triton.jit
-def merge_kernel(
+def merge_kernel(  # type: ignore[no-untyped-def]
     base, live, a, b, ids, coefficients, rows, cols, rank, num_experts,
     a_adapter_stride, a_row_stride, b_adapter_stride, b_row_stride, base_stride, live_stride,
     tile: tl.constexpr, depth: tl.constexpr,

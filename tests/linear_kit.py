@@ -70,12 +70,12 @@ def wide(tensor: torch.Tensor) -> np.ndarray:
 
 
 def truth(x: torch.Tensor, target: Target, known: Known | None) -> tuple[np.ndarray, np.ndarray]:
-    """(y, S): the exact sum in float64, and the sum of its terms' sizes."""
+    """(y, S): the exact sum in float64, and the sum of its products' sizes."""
     tokens, weight = wide(x), wide(target.weight)
     exact, size = tokens @ weight.T, np.abs(tokens) @ np.abs(weight).T
     for more in (target.bias, target.residual):
         if more is not None:
-            exact, size = exact + wide(more), size + np.abs(wide(more))
+            exact = exact + wide(more)
     if known is None or target.a is None or target.b is None:
         return exact, size
     for t, (ids, gates) in enumerate(zip(known.ids.tolist(), known.gates.tolist(), strict=True)):
@@ -86,6 +86,16 @@ def truth(x: torch.Tensor, target: Target, known: Known | None) -> tuple[np.ndar
                 exact[t] += c * (b @ (a @ tokens[t]))
                 size[t] += abs(c) * (np.abs(b) @ (np.abs(a) @ np.abs(tokens[t])))
     return exact, size
+
+
+def cancelled(problem: Problem, known: Known | None) -> Problem:
+    """The same with residuals that leave next to nothing of y: what is left shows the sum's own error, which y's rounding would hide."""
+    targets = []
+    for target in problem.targets:
+        exact, _ = truth(problem.x, replace(target, residual=None), known)
+        residual = torch.from_numpy(-exact).to(problem.x.device, problem.x.dtype)
+        targets.append(replace(target, residual=residual))
+    return replace(problem, targets=targets)
 
 
 def ulp(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:

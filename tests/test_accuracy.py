@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from fusedmerge.commands.accuracy import accuracy_markdown, plot_accuracy
+from fusedmerge.commands.accuracy import accuracy_markdown, accuracy_pictures
+from fusedmerge.commands.plot import render_results
 from perf.accuracy import data as data_module
 from perf.accuracy import report
 from perf.accuracy.data import END, SPLITS, Data, Source, collect, roff_to_text, split_of
@@ -100,7 +101,8 @@ def results() -> dict[str, Any]:
     methods = {"backbone": {"title": "backbone", "seeds": [5.0, 5.1], "params": 0, "lr": None}, **methods}
     seeds = {name: entry["seeds"] for name, entry in methods.items()}
     return {
-        "suite": "accuracy", "device": "cpu-2core", "versions": {"torch": "2"}, "git_commit": "0123456789abcdef", "date": "2026-01-02T",
+        "suite": "accuracy", "device": "cpu-2core", "driver": None, "versions": {"torch": "2"}, "git_commit": "0123456789abcdef",
+        "date": "2026-01-02T03:04:05+00:00",
         "setting": {"text": "a setting", "domains": ["de", "c"]}, "notices": ["fr is left out"], "methods": methods,
         "gate": report.gate([2.0, 2.0], [3.0, 3.1]), "criteria": report.conclude(seeds),
     }  # fmt: skip
@@ -116,8 +118,26 @@ def test_report(tmp_path: Path) -> None:
     failed = {**given, "gate": report.gate([3.0, 3.2], [3.0, 3.1])}
     del failed["criteria"]
     assert report.INCONCLUSIVE in accuracy_markdown(failed)
-    plot_accuracy(given, tmp_path / "a.png")
-    assert (tmp_path / "a.png").stat().st_size > 10_000
+    assert set(accuracy_pictures(given, tmp_path)) == {"seeds", "experts"}
+    gate_only = {**failed, "methods": {name: given["methods"][name] for name in ("backbone", "oracle", "lora_equal_total")}}
+    assert set(accuracy_pictures(gate_only, tmp_path)) == {"seeds"}
+
+
+def test_plot_renders_the_experiment(tmp_path: Path) -> None:
+    """`fusedmerge plot` writes its table and pictures, also into marked blocks of documents."""
+    given = {**results(), "cases": []}
+    (tmp_path / "results" / "cpu-2core").mkdir(parents=True)
+    (tmp_path / "results" / "cpu-2core" / "accuracy.json").write_text(json.dumps(given))
+    (tmp_path / "docs").mkdir()
+    page = tmp_path / "docs" / "accuracy.md"
+    page.write_text("Before\n<!-- results: cpu-2core/accuracy -->\n<!-- /results -->\nAfter\n")
+    written = render_results(tmp_path / "results", tmp_path / "docs")
+    assert {path.name for path in written} == {
+        "cpu-2core-accuracy-seeds.png", "cpu-2core-accuracy-experts.png", "results.md", "accuracy.md",
+    }  # fmt: skip
+    assert all(path.stat().st_size > 0 for path in written)
+    assert accuracy_markdown(given) in page.read_text()
+    assert accuracy_markdown(given) in (tmp_path / "docs" / "results.md").read_text()
 
 
 # ---------------------------------------------------------------------- data

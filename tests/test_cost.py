@@ -80,12 +80,13 @@ def test_crossover_divides_a_switch_by_a_token(subject):
     assert fm.crossover(weights, bank, 2, mode="inplace", rates=RATES).switch_seconds > found.switch_seconds
     slow = Rates(1e9, 1e12, 1e-3)  # two launches more for each token, one for a switch
     assert fm.crossover(weights, bank, 2, rates=slow).tokens < 1
+    assert fm.crossover(weights, bank, 2, rates=slow, launches=0).tokens > fm.crossover(weights, bank, 2, rates=slow, launches=1).tokens > 1
 
 
 def test_crossover_reads_well(subject):
     text = repr(fm.crossover(*subject, 2, rates=RATES))
     assert text.startswith("Crossover(merge where a mixture lives for more than ")
-    assert " tokens: switch " in text and " ms a token (" in text and "copy 1 GB/s" in text
+    assert " tokens: switch " in text and " ms a token (" in text and "at 1 GB/s" in text
 
 
 def test_rates_are_measured_once(subject, monkeypatch):

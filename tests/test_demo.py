@@ -13,6 +13,7 @@ from fusedmerge.commands import demo, demo_checks
 from fusedmerge.commands.demo_report import render
 from fusedmerge.commands.demo_setup import ModelSize, PeftSwitch, build_llama, clone, peft_load, weights_of
 from fusedmerge.errors import FusedMergeError
+from fusedmerge.moe.config import METHODS
 
 CONFIG = demo.DemoConfig(model=ModelSize(hidden=64, intermediate=96, layers=1, heads=2, vocab=64), switches=25, tokens=6)
 
@@ -87,7 +88,7 @@ def test_every_method_decodes(report):
     found = report["decode"]
     rows = {(row["engine"], row["method"], row["strategy"]): row for row in found["rows"]}
     assert {row["strategy"] for row in found["rows"]} == {"backbone", "unfused", "merged-simple", "merged", "fused"}
-    assert {row["method"] for row in found["rows"]} >= {"lora", "lora_switch", "mola", "mixlora", "moral", "pesc"}
+    assert {row["method"] for row in found["rows"]} >= set(METHODS)
     for engine in ("decoder", "transformers"):
         backbone = rows[engine, "(no experts)", "backbone"]
         assert rows[engine, "lora_switch", "merged"]["launches"] == backbone["launches"] + 1 + found["router_launches"]
@@ -96,7 +97,7 @@ def test_every_method_decodes(report):
             assert row["median_ms"] > 0
             assert 0 < row["mean_error"] < 2 * backbone["mean_error"]
             assert row["restored_bitwise"]
-            assert row["launches"] > backbone["launches"] or row is backbone
+            assert row["launches"] >= backbone["launches"]
     copied = report["model"]["adapted"] * 2  # bytes of the pristine copy
     merged, fused = rows["decoder", "lora_switch", "merged"], rows["decoder", "lora_switch", "fused"]
     assert merged["peak_bytes"] > fused["peak_bytes"] + copied / 2

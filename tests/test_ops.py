@@ -170,6 +170,13 @@ def test_values_near_the_ends_of_float16(apply, tokens):
     assert torch.isinf(y).any() and not torch.isnan(y).any()
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 20])
+def test_a_coefficient_beyond_float32_is_infinite(tokens):
+    operands = ops_kit.make(tokens, dtype=torch.float32, popularity="identical")
+    y = fm.lora_linear(*operands._replace(gates=operands.gates.sign() * 3e38, scaling=operands.scaling + 9))
+    assert not torch.isfinite(y).any()
+
+
 @pytest.mark.parametrize("where", ["sim", *ON_GPU], indirect=True)
 @pytest.mark.parametrize("dtype", HALVES)
 def test_a_decode_steps_bits_do_not_depend_on_the_other_tokens(apply, dtype):
@@ -231,13 +238,14 @@ def route_truth(x, router, k, normalize):
     return ids, gates / gates.sum(axis=-1, keepdims=True) if normalize and k > 1 else gates
 
 
+@pytest.mark.parametrize("router_dtype", [None, torch.float32])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(("num_adapters", "k"), [(1, 1), (8, 1), (8, 2), (8, 8), (67, 5)])
-def test_routing(choose, num_adapters, k, normalize, dtype):
+def test_routing(choose, num_adapters, k, normalize, dtype, router_dtype):
     rng = torch.Generator().manual_seed(num_adapters)
     x = torch.randn(3, 7, 96, generator=rng, dtype=torch.float64).to(dtype)
-    router = (torch.randn(num_adapters, 96, generator=rng, dtype=torch.float64) * 0.2).to(dtype)
+    router = (torch.randn(num_adapters, 96, generator=rng, dtype=torch.float64) * 0.2).to(router_dtype or dtype)
     ids, gates = choose(x, router, k, normalize)
     expected_ids, expected_gates = route_truth(x, router, k, normalize)
     assert ids.dtype == torch.int32 and gates.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)

@@ -8,6 +8,7 @@ import torch
 
 import fusedmerge as fm
 from fusedmerge import errors
+from fusedmerge.weights import collect
 from tests import ops_kit
 
 GOOD = ops_kit.make(3, 2, 4, 3, 6, 5, torch.float32)
@@ -169,6 +170,12 @@ def test_numpy_arrays_of_any_layout():
         changed = {field: change(array) for field, array in arrays.items()}
         np.testing.assert_allclose(fm.lora_linear(**changed), expected, rtol=1e-6, atol=1e-6)
         assert all(np.array_equal(changed[field], arrays[field]) for field in arrays)
+
+
+def test_a_weight_with_a_negative_stride_is_refused():
+    """A switch must write where the caller reads, so no copy will do; torch's DLPack reader would end the process."""
+    with pytest.raises(errors.InvalidTypeError, match=r"weights\['w'\]: expected a tensor .*, got ndarray"):
+        collect({"w": np.zeros((4, 4), np.float32)[::-1]}, "Switcher")
 
 
 def read_only(array):

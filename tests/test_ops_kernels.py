@@ -10,7 +10,7 @@ import torch
 
 import fusedmerge as fm
 from fusedmerge import backend, errors
-from fusedmerge.ops import library, torch_linear, torch_route
+from fusedmerge.ops import group_once, library, torch_linear, torch_route
 from fusedmerge.ops.arguments import Operands
 from tests import ops_kit
 
@@ -29,7 +29,7 @@ def calls(monkeypatch):
 
     def add_adapters(*arguments):
         found.append(("add_adapters", arguments))
-        _, y, x, a, b, ids, gates, scaling = arguments
+        _, y, x, a, b, ids, gates, scaling, _ = arguments
         y += torch_linear.by_expert(Operands(x, torch.zeros(y.shape[1], x.shape[1], dtype=x.dtype), a, b, ids, gates, scaling))
 
     def route(*arguments):
@@ -106,6 +106,27 @@ def test_what_the_kernels_do_not_take_goes_to_torch(calls, tokens, change):
     assert not calls
 
 
+def test_tokens_are_grouped_once_where_the_caller_says_so(monkeypatch, sim_library):
+    monkeypatch.setenv("FUSEDMERGE_BACKEND", "sim")
+    monkeypatch.setenv("FUSEDMERGE_SIM_LIB", sim_library)
+    made = []
+    group = library.group_tokens
+    monkeypatch.setattr(library, "group_tokens", lambda *arguments: made.append(arguments[3]) or group(*arguments))
+    first, second = ops_kit.make(20, seed=1, popularity="identical"), ops_kit.make(20, seed=2, popularity="zipf")
+    layers = [first, first._replace(x=-first.x, ids=first.ids.reshape(20, 2)), second, first]
+    expected = [fm.lora_linear(*operands) for operands in layers]
+    assert not made
+    with group_once():
+        assert all(torch.equal(fm.lora_linear(*operands), y) for operands, y in zip(layers, expected, strict=True))
+        assert made == [4, 4]
+        fm.lora_linear(*first._replace(a=first.a[:3], b=first.b[:3], scaling=first.scaling[:3]))
+        fm.lora_linear(*ops_kit.make(3))
+        assert made == [4, 4, 3]
+    changed = first._replace(ids=first.ids.flip(1))
+    first.ids.copy_(changed.ids)  # what was kept has ended
+    assert torch.equal(fm.lora_linear(*first), fm.lora_linear(*changed)) and len(made) == 3
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 def test_routing_by_the_kernel(calls, normalize):
     x, router = torch.randn(2, 3, 8).bfloat16(), torch.randn(5, 8).bfloat16()
@@ -114,6 +135,8 @@ def test_routing_by_the_kernel(calls, normalize):
     assert (name, where, rows.shape, k, over_top) == ("route", "sim", (6, 8), 2, normalize)
     assert ids.shape == gates.shape == (2, 3, 2) and ids.dtype == torch.int32
     fm.route_topk(x, router.float(), 2)
+    assert calls.pop()[1][2].dtype == torch.float32
+    fm.route_topk(x, router.half(), 2)
     fm.route_topk(x.float(), router.float(), 2)
     fm.route_topk(x[:0], router, 2)
     fm.route_topk(x, torch.zeros(4097, 8, dtype=torch.bfloat16), 2)

@@ -142,3 +142,11 @@ def test_a_gpu_is_described(monkeypatch, tmp_path):
     assert found["git_commit"] == "abc" and {"cuda", "torch"} <= found["versions"].keys()
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA A100-SXM4-80GB")
     assert evidence.device_name() == "nvidia-a100-sxm4-80gb"
+
+
+@pytest.mark.parametrize(("num_adapters", "k"), [(2, 1), (8, 2), (5, 4)])
+def test_no_mixture_follows_itself(num_adapters, k):
+    names = [str(n) for n in range(num_adapters)]
+    plan = subjects.mixtures(names, k, count=20)
+    assert len(plan) == 20 and all(len(mixture) == k and sum(mixture.values()) == pytest.approx(1.0) for mixture in plan)
+    assert all(one.keys() != other.keys() for one, other in zip(plan, [*plan[1:], plan[0]], strict=True))

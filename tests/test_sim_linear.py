@@ -1,4 +1,4 @@
-"""The kernels of fused application on the host simulator: the same bits in every order of things; programmatic launches; refusals."""
+"""The kernels of fused application on the host simulator: the same bits in every order of things; programmatic launches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from fusedmerge.backend.kernels import SimLauncher
 from fusedmerge.backend.linear import Norm, Router, Silu
 from fusedmerge.backend.linear_params import LinearParams
 from fusedmerge.backend.params import SimOptions
-from fusedmerge.errors import BackendError
 from tests import linear_kit as kit
 
 
@@ -54,6 +53,13 @@ def test_same_bits_whatever_runs_it(num_tokens, tensor_core):
     applied = linear.decode_group(Machine(tensor_core=tensor_core), problem.x, problem.targets, problem.known)
     for y, target in zip(applied.ys, problem.targets, strict=True):
         kit.check(y, problem.x, target, problem.known)
+
+
+def test_long_rows_of_one_sign_with_the_least_accurate_tensor_cores():
+    """fp16 on an A100: with two chains a warp the error comes to 0.8 of the bound."""
+    problem = kit.cancelled(kit.make(2, 16384, rows=(32,), dtype=torch.float16, positive=True, extras=False), None)
+    y = linear.decode_group(Machine(tensor_core=0), problem.x, problem.targets).ys[0]
+    kit.check(y, problem.x, problem.targets[0], None)
 
 
 @pytest.mark.parametrize("source", ["norm", "silu"])
@@ -130,7 +136,7 @@ def test_the_gemv_alone_is_one_launch_and_a_group_two():
     problem, machine = kit.make(9, 40, rows=(16, 16, 16)), Counting()
     linear.decode_group(machine, problem.x, problem.targets)
     images(machine, problem)
-    assert machine.launches == [("gemv_bf16_16", False), ("prologue_bf16_16", False), ("gemv_bf16_16", True)]
+    assert machine.launches == [("gemv_bf16_16", False), ("prologue_bf16_16", True), ("gemv_bf16_16", True)]
 
 
 def test_offsets_past_2_to_the_31_elements():
@@ -153,10 +159,3 @@ def test_offsets_past_2_to_the_31_elements():
     moved = linear.Target(spread(target.weight, step), spread(target.a, step), spread(target.b, step))
     expected, got = (linear.decode_group(Machine(), problem.x, [t], problem.known).ys[0] for t in (target, moved))
     assert np.array_equal(kit.bits(got), kit.bits(expected))
-
-
-def test_what_the_simulator_refuses():
-    with pytest.raises(BackendError, match="no such kernel: nothing"):
-        Machine().launch(linear.Kernel("lora_linear.cuh", "LinearParams", "run", "nothing"), LinearParams(), 1, 0)
-    with pytest.raises(BackendError, match="params of another size: route_bf16"):
-        Machine().launch(linear.Kernel("route.cuh", "RouteParams", "run", "route_bf16"), LinearParams(), 1, 0)

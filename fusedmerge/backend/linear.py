@@ -18,13 +18,15 @@ from fusedmerge.backend import linear_params as lp
 from fusedmerge.backend.compiler import Kernel
 from fusedmerge.backend.kernels import Launcher, launcher
 from fusedmerge.backend.linear_params import LinearParams, LinearTarget, RouteParams
+from fusedmerge.backend.params import MAX_SLOTS
+from fusedmerge.errors import InvalidValueError
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["Applied", "Known", "Norm", "Router", "Silu", "Target", "decode_group", "decode_linear", "route"]
 
-MAX_SLOTS = 32  # k
+_MAX_ROUTED = 4096  # N of the router alone: its logits are in 48 KB of shared memory
 _PROLOGUE_BYTES = {1: 71968, 2: 78400}  # kPrologueSharedBytes, by tiles of eight tokens
 _GEMV_BYTES = {1: 92160, 2: 94208}  # kGemvSharedBytes
 _GEMV_BLOCKS = 2  # kBlocksPerMultiprocessor
@@ -40,6 +42,11 @@ class Target:
     scaling: torch.Tensor | None = None  # float32 [N]; None: 1 each
     bias: torch.Tensor | None = None  # [out]
     residual: torch.Tensor | None = None  # [T, out]
+
+    @property
+    def rank(self) -> int:
+        """r; 0 where there is no adapter."""
+        return 0 if self.a is None or not len(self.a) else self.a.shape[1]
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ class Silu:
 
 @dataclass(frozen=True)
 class Known:
-    """Each token's slots: -1 is an empty one. Another id outside [0, N) makes the token's y NaN."""
+    """Each token's slots: -1, or any id outside [0, N), is an empty one."""
 
     ids: torch.Tensor  # int32 [T, k], k up to 32
     gates: torch.Tensor  # float32 [T, k]
@@ -70,7 +77,7 @@ class Known:
 class Router:
     """A layer's own router: each token's slots are chosen from x, on the device (`ops.route_topk` tells the meaning)."""
 
-    weight: torch.Tensor  # [N, in]
+    weight: torch.Tensor  # [N, in], of x's dtype or float32
     k: int
     normalize: bool = True
 
@@ -91,9 +98,11 @@ def route(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The k adapters that score highest for each token, and their gates: one launch (`ops.route_topk` tells the meaning).
 
-    x [T, in], router_weight [N, in] (N up to 4096, k up to 32), mask int32 [T] (0: padding, which gets ids -1 and gates 0)
-    -> ids int32 [T, k], gates float32 [T, k]
+    x [T, in], router_weight [N, in] of x's dtype or float32 (N up to 4096, k up to 32), mask int32 [T] (0: padding: ids -1, gates 0)
+    -> ids int32 [T, k], gates float32 [T, k]. Raises InvalidValueError for larger N and k.
     """
+    _check_count("k", "slots of a token", k, MAX_SLOTS)
+    _check_count("router_weight", "adapters", len(router_weight), _MAX_ROUTED)
     ids, gates = _empty_routing(x, k)
     params = RouteParams(
         x=x.data_ptr(),
@@ -107,7 +116,7 @@ def route(
         num_adapters=len(router_weight),
         num_slots=k,
         normalize=normalize,
-        flags=_flags((x, lp.X_ALIGNED), (router_weight, lp.ROUTER_ALIGNED)),
+        flags=_flags((x, lp.X_ALIGNED)) | _router_flags(x, router_weight),
     )
     if len(x):
         name, number = _dtype(x)
@@ -141,8 +150,11 @@ def decode_group(
     """Up to four linears that share x [T, in], T up to 16: two launches; one where there is neither adapter nor source.
 
     routing: None applies no adapter. source: how x is made, from the given input; None: it is the input. All targets have the same N.
+    Raises InvalidValueError for more of anything.
     """
     where = _launcher(backend, x)
+    _check_count("x", "tokens", len(x), lp.MAX_TOKENS)
+    _check_count("targets", "matrices", len(targets), lp.MAX_TARGETS)
     group = _Group(x, targets, routing, source)
     if not len(x):
         return group.applied
@@ -150,7 +162,7 @@ def decode_group(
     tiles = -(-len(x) // 8)
     if group.needs_prologue:
         kernel = Kernel("lora_linear.cuh", "LinearParams", f"run_prologue<{number}, {tiles}>", f"prologue_{name}_{8 * tiles}")
-        where.launch(kernel, group.params, group.prologue_grid(where.num_multiprocessors), _PROLOGUE_BYTES[tiles])
+        where.launch(kernel, group.params, group.prologue_grid(where.num_multiprocessors), _PROLOGUE_BYTES[tiles], programmatic=True)
     blocks = min(_GEMV_BLOCKS, max(1, where.shared_bytes_limit // _GEMV_BYTES[tiles])) * where.num_multiprocessors
     waves = -(-group.params.num_tiles // blocks)
     kernel = Kernel("lora_linear.cuh", "LinearParams", f"run_gemv<{number}, {tiles}>", f"gemv_{name}_{8 * tiles}", blocks=_GEMV_BLOCKS)
@@ -227,15 +239,16 @@ class _Group:
             self._ids, self._gates = routing.ids.contiguous(), routing.gates.contiguous()
             self._num_choices = self._ids.numel()
         params.num_slots = self._ids.shape[1]
+        _check_count("ids", "slots of a token", params.num_slots, MAX_SLOTS)
         params.ids, params.gates = self._ids.data_ptr(), self._gates.data_ptr()
-        return _flags((routing.weight, lp.ROUTER_ALIGNED)) if isinstance(routing, Router) else 0
+        return _router_flags(x, routing.weight) if isinstance(routing, Router) else 0
 
     def _set_targets(self, targets: Sequence[Target], ys: Sequence[torch.Tensor]) -> None:
         import torch
 
         params = self.params
         num_places = params.num_splits * params.tokens * (params.num_adapters if params.router else params.num_slots)
-        pitches = [0 if t.a is None else -(-t.a.shape[1] // lp.Z_PITCH_STEP) * lp.Z_PITCH_STEP for t in targets]
+        pitches = [-(-t.rank // lp.Z_PITCH_STEP) * lp.Z_PITCH_STEP for t in targets]
         self._z = _empty(num_places * sum(pitches), like=ys[0], dtype=torch.float32)
         offset = 0
         for target, y, pitch, described in zip(targets, ys, pitches, params.targets, strict=False):
@@ -243,8 +256,8 @@ class _Group:
             described.z, described.z_pitch = self._z[offset:].data_ptr(), pitch
             described.first_tile, described.first_rank_tile = params.num_tiles, params.num_rank_tiles
             params.num_tiles += -(-len(target.weight) // lp.TILE_ROWS)
+            params.num_rank_tiles += -(-target.rank // lp.TILE_ROWS)
             if target.a is not None:
-                params.num_rank_tiles += -(-target.a.shape[1] // lp.TILE_ROWS)
                 params.num_adapters = len(target.a)
             offset += num_places * pitch
 
@@ -257,11 +270,16 @@ def _describe(described: LinearTarget, target: Target, y: torch.Tensor) -> None:
     described.flags = _flags((target.weight, lp.WEIGHT_ALIGNED))
     if target.residual is not None:
         described.residual, described.residual_stride = target.residual.data_ptr(), target.residual.stride(0)
-    if target.a is not None and target.b is not None:
+    if target.rank and target.a is not None and target.b is not None:
         described.a, (described.a_adapter_stride, described.a_row_stride, _) = target.a.data_ptr(), target.a.stride()
         described.b, (described.b_adapter_stride, described.b_row_stride, _) = target.b.data_ptr(), target.b.stride()
-        described.rank = target.a.shape[1]
+        described.rank = target.rank
         described.flags |= _flags((target.a, lp.A_ALIGNED), (target.b, lp.B_ALIGNED))
+
+
+def _check_count(name: str, things: str, count: int, limit: int) -> None:
+    if count > limit:
+        raise InvalidValueError("lora_linear", name, f"at most {limit} {things} in a launch", count)
 
 
 def _launcher(backend: str | Launcher, x: torch.Tensor) -> Launcher:
@@ -294,6 +312,10 @@ def _flags(*pairs: tuple[torch.Tensor, int]) -> int:
     return sum(flag for tensor, flag in pairs if _aligned(tensor))
 
 
+def _router_flags(x: torch.Tensor, weight: torch.Tensor) -> int:
+    return _flags((weight, lp.ROUTER_ALIGNED)) | (0 if weight.dtype == x.dtype else lp.ROUTER_WIDE)
+
+
 def _aligned(tensor: torch.Tensor) -> bool:
-    steps = (tensor.data_ptr(), *(stride * tensor.element_size() for stride in tensor.stride()[:-1]))
-    return math.gcd(16, *steps) == 16
+    steps = (stride for stride, size in zip(tensor.stride()[:-1], tensor.shape, strict=False) if size > 1)
+    return math.gcd(16, tensor.data_ptr(), *(step * tensor.element_size() for step in steps)) == 16

@@ -20,6 +20,7 @@ MAX_TOKENS, MAX_TARGETS = 16, 4  # kMaxTokens, kMaxTargets
 TILE_ROWS, SPLIT_COLS, Z_PITCH_STEP = 16, 2048, 8  # kTileRows, kSplitCols, kZPitchStep
 WEIGHT_ALIGNED, A_ALIGNED, B_ALIGNED = 1, 2, 4  # TargetFlags
 X_ALIGNED, INPUT_ALIGNED, SECOND_ALIGNED, NORM_ALIGNED, SUM_ALIGNED, ROUTER_ALIGNED = 1, 2, 4, 8, 16, 32  # SourceFlags
+ROUTER_WIDE = 64  # kRouterWide
 PLAIN, NORM, SILU = 0, 1, 2  # SourceKind
 
 _P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong, ctypes.c_float

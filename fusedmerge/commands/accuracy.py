@@ -7,17 +7,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fusedmerge.commands.plot_pictures import COLOURS, INK, MUTED, dress, figure_of
+from fusedmerge.commands.plot_tables import head_markdown
 from fusedmerge.commands.tables import markdown_table
 
-__all__ = ["accuracy_markdown", "plot_accuracy"]
+__all__ = ["accuracy_markdown", "accuracy_pictures"]
 
 
 def accuracy_markdown(results: Mapping[str, Any]) -> str:
     """The setting, the gate, the criteria and the table of methods, as results say them."""
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    commit = f"commit {results['git_commit'][:10]}" if results["git_commit"] else "no commit"
-    where = f"{results.get('processor') or results['device']}; {versions}"
-    lines = [f"{results['setting']['text']}. {where}; {commit}, {results['date'][:10]}."]
+    lines = [head_markdown(results)]
     lines += [f"Notice: {notice}." for notice in results["notices"]]
     if results.get("gate"):
         judged = results["gate"]
@@ -64,31 +63,44 @@ def _beside(seeds: Sequence[float], reference: Sequence[float]) -> str:
     return f"{statistics.fmean(differences):+.4f} ± {statistics.stdev(differences):.4f}"
 
 
-def plot_accuracy(results: Mapping[str, Any], path: Path) -> None:
-    """Left: bits per byte of every seed. Right: which experts each domain uses (lora_switch, first seed)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+def accuracy_pictures(results: Mapping[str, Any], directory: Path) -> dict[str, Path]:
+    """Draw <directory>/<device>-<suite>-seeds.png, and -experts.png where LoRA-Switch was run: {kind: path}."""
+    drawn = {kind: directory / f"{results['device']}-{results['suite']}-{kind}.png" for kind in ("seeds", "experts")}
     methods = results["methods"]
-    shares = next((r["shares"] for r in methods.get("lora_switch", {}).get("routers", ()) if r and "shares" in r), None)
-    figure = Figure(figsize=(10 if shares else 6, 3.6), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 2 if shares else 1, squeeze=False, width_ratios=[1.3, 1] if shares else [1])[0]
-    shown = [name for name in methods if name != "backbone"]  # far off: it would flatten the rest
-    for row, name in enumerate(shown):
-        seeds = methods[name]["seeds"]
-        axes[0].plot(seeds, [row] * len(seeds), "o", color="#0f766e", markersize=4, alpha=0.6)
-        axes[0].plot([statistics.fmean(seeds)] * 2, [row - 0.3, row + 0.3], color="#1f2933", linewidth=1.5)
-    axes[0].set_yticks(range(len(shown)), labels=[methods[name].get("title", name) for name in shown], fontsize=8)
-    axes[0].invert_yaxis()
-    axes[0].set_xlabel("test bits per byte (each seed; line: mean)", fontsize=8.5)
-    axes[0].set_title(f"{results['suite']}: {results['device']}", loc="left", fontsize=10)
-    axes[0].spines[["top", "right"]].set_visible(False)
-    if shares:
-        image = axes[1].imshow(shares, cmap="Greens", vmin=0, aspect="auto")
-        axes[1].set_yticks(range(len(shares)), labels=results["setting"]["domains"], fontsize=8)
-        axes[1].set_xticks(range(len(shares[0])))
-        axes[1].set_xlabel("expert", fontsize=8.5)
-        axes[1].set_title("LoRA-Switch: share of each domain's gates", loc="left", fontsize=10)
-        figure.colorbar(image, ax=axes[1])
+    _plot_seeds(methods, drawn["seeds"])
+    shares = next((found["shares"] for found in methods.get("lora_switch", {}).get("routers", ()) if found), None)
+    if shares is None:
+        del drawn["experts"]
+    else:
+        _plot_experts(shares, results["setting"]["domains"], drawn["experts"])
+    return drawn
+
+
+def _plot_seeds(methods: Mapping[str, Any], path: Path) -> None:
+    """Every seed's bits per byte, less LoRA-Switch's on the same seed where there is one. The backbone is left out: it is far off."""
+    reference = methods.get("lora_switch", {}).get("seeds")
+    shown = {name: entry for name, entry in methods.items() if name not in ("backbone", "lora_switch")}
+    figure = figure_of(7, 0.9 + 0.35 * len(shown))
+    axes = figure.add_subplot()
+    for row, entry in enumerate(shown.values()):
+        values = [seed - other for seed, other in zip(entry["seeds"], reference, strict=True)] if reference else entry["seeds"]
+        axes.plot(values, [row] * len(values), "o", color=COLOURS[2], markersize=4, alpha=0.6)
+        axes.plot([statistics.fmean(values)] * 2, [row - 0.3, row + 0.3], color=INK, linewidth=1.5)
+    if reference:
+        axes.axvline(0, color=MUTED, linewidth=1)
+    axes.set_yticks(range(len(shown)), labels=[entry.get("title", name) for name, entry in shown.items()])
+    axes.invert_yaxis()
+    dress(axes, "", "bits per byte, less LoRA-Switch's on the same seed (line: mean)" if reference else "bits per byte (line: mean)")
+    figure.savefig(path)
+
+
+def _plot_experts(shares: Sequence[Sequence[float]], domains: Sequence[str], path: Path) -> None:
+    """Each domain's gates by expert."""
+    figure = figure_of(5, 0.9 + 0.3 * len(shares))
+    axes = figure.add_subplot()
+    image = axes.imshow(shares, cmap="Greens", vmin=0, aspect="auto")
+    axes.set_yticks(range(len(shares)), labels=list(domains))
+    axes.set_xticks(range(len(shares[0])))
+    dress(axes, "LoRA-Switch: share of each domain's gates, first seed", "expert")
+    figure.colorbar(image, ax=axes)
     figure.savefig(path)

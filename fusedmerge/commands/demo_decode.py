@@ -28,7 +28,14 @@ BY_DECODER = {
     "mola": ("unfused", "merged-simple", "fused"),
     "mixlora": ("unfused", "fused"),
 }
-BY_TRANSFORMERS = {"lora_switch": ("unfused", "merged", "fused"), "moral": ("unfused", "fused"), "pesc": ("unfused",)}
+BY_TRANSFORMERS = {
+    "lora_switch": ("unfused", "merged", "fused"),
+    "moral": ("unfused", "fused"),
+    "molora": ("unfused",),
+    "loramoe": ("unfused",),
+    "xlora": ("unfused",),
+    "pesc": ("unfused",),
+}
 
 
 @dataclass
@@ -225,18 +232,20 @@ def _recorded(routers: Mapping[str, Any]) -> Iterator[dict[str, list[Any]]]:
 @contextmanager
 def _played_back(routers: Mapping[str, Any], found: Mapping[str, Sequence[Any]]) -> Iterator[None]:
     """Routers that choose once more what they chose, for all tokens at once: in float64 a near tie could fall the other way."""
-    routes = {name: _joined(calls) for name, calls in found.items()}
-    with _replaced({name: (lambda _, name=name: routes[name]) for name in routers}, routers):
-        yield
-
-
-def _joined(calls: Sequence[Any]) -> Any:
-    """What a router said call by call, for all tokens at once: tensors [B, T, ...], or by name (X-LoRA's classifier)."""
     import torch
 
-    if isinstance(calls[0], dict):
-        return {name: _joined([call[name] for call in calls]) for name in calls[0]}
-    return tuple(torch.cat(parts, dim=1) for parts in zip(*calls, strict=True))
+    def join(calls: Sequence[Any]) -> Any:
+        """Of what a router gave, call by call: tensors [B, T, ...], or tuples and dicts of them."""
+        first = calls[0]
+        if isinstance(first, torch.Tensor):
+            return torch.cat(list(calls), dim=1)
+        if isinstance(first, Mapping):
+            return {key: join([call[key] for call in calls]) for key in first}
+        return tuple(join(parts) for parts in zip(*calls, strict=True))
+
+    routes = {name: join(calls) for name, calls in found.items()}
+    with _replaced({name: (lambda _, name=name: routes[name]) for name in routers}, routers):
+        yield
 
 
 @contextmanager

@@ -48,7 +48,7 @@ class DemoConfig:
 
     model: ModelSize = MODEL
     switches: int = 1000
-    tokens: int = 64  # decoded by each method
+    tokens: int = 50  # decoded by each method
     delta: float = 0.07  # |delta| / |W| of each adapter
     shown: tuple[tuple[str, float], ...] = (("math", 0.7), ("chat", 0.3))  # the mixture whose weights and logits are compared
     seed: int = 0

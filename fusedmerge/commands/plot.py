@@ -1,4 +1,4 @@
-"""`fusedmerge plot`: perf/results -> docs/results.md, its pictures, and README's marked tables. No figure is typed anywhere."""
+"""`fusedmerge plot`: perf/results -> docs/results.md, its pictures, and marked tables of README and docs. No figure is typed anywhere."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fusedmerge.commands.accuracy import accuracy_markdown, plot_accuracy
+from fusedmerge.commands.accuracy import accuracy_markdown, accuracy_pictures
 from fusedmerge.commands.plot_pictures import suite_pictures
 from fusedmerge.commands.plot_tables import group_markdown, groups_of, head_markdown, suite_markdown
 from fusedmerge.errors import FormatError, MissingFileError
@@ -44,8 +44,8 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def render_results(results: Path, docs: Path, readme: Path | None = None) -> list[Path]:
-    """Write docs/results.md and docs/img/<device>-<suite>-<kind>.png from all results, and refresh the marked blocks of README and docs.
-    Returns what was written; pictures of these devices that no suite has any more are removed.
+    """Write docs/results.md and docs/img/<device>-<suite>-<kind>.png from all results, and refresh marked blocks of README and
+    docs/*.md. Returns what was written; pictures of these devices that no suite has any more are removed.
 
     A marked block is what lies between `<!-- results: device/suite -->` and `<!-- /results -->`; `<!-- results: device/suite, group
     "name" -->` takes one table of the suite.
@@ -56,7 +56,7 @@ def render_results(results: Path, docs: Path, readme: Path | None = None) -> lis
     written: list[Path] = []
     sections = []
     for suite in suites:
-        pictures = _draw(suite, images)
+        pictures = accuracy_pictures(suite, images) if "methods" in suite else suite_pictures(suite, images)
         shown = [f"![{suite['suite']} on {suite['device']}: {kind}](img/{path.name})" for kind, path in pictures.items()]
         sections.append("\n\n".join([f"## {suite['suite']} on {suite['device']}", _markdown(suite), *shown]))
         written += pictures.values()
@@ -68,16 +68,8 @@ def render_results(results: Path, docs: Path, readme: Path | None = None) -> lis
     written.append(page)
     named = {f"{suite['device']}/{suite['suite']}": suite for suite in suites}
     pages = [readme] if readme is not None and readme.is_file() else []
-    return written + [marked for marked in [*pages, *sorted(docs.glob("*.md"))] if marked != page and _refresh(marked, named)]
-
-
-def _draw(suite: Mapping[str, Any], directory: Path) -> dict[str, Path]:
-    """The pictures of a suite, or of the accuracy experiment: {kind: path}."""
-    if "methods" not in suite:
-        return suite_pictures(suite, directory)
-    path = directory / f"{suite['device']}-{suite['suite']}.png"
-    plot_accuracy(suite, path)
-    return {"accuracy": path}
+    written += [marked for marked in [*pages, *sorted(docs.glob("*.md"))] if marked != page and _refresh(marked, named)]
+    return written
 
 
 def _markdown(suite: Mapping[str, Any]) -> str:

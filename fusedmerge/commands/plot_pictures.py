@@ -49,7 +49,7 @@ def suite_pictures(suite: Mapping[str, Any], directory: Path) -> dict[str, Path]
     return drawn
 
 
-def _figure(width: float, height: float) -> Figure:
+def figure_of(width: float, height: float) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -58,7 +58,7 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _dress(axes: Axes, title: str = "", x: str = "", y: str = "") -> None:
+def dress(axes: Axes, title: str = "", x: str = "", y: str = "") -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=INK, labelsize=8)
     axes.set_title(title, loc="left", color=INK, fontsize=10)
@@ -75,7 +75,7 @@ def _middle(samples: Sequence[float]) -> tuple[float, float]:
 def _plot_bars(groups: Mapping[str, Sequence[Case]], device: str, path: Path) -> None:
     """A panel per group; medians as bars, the middle 80 % of samples as a line, the prediction as a tick."""
     rows = [len(cases) for cases in groups.values()]
-    figure = _figure(8, 0.8 * len(rows) + 0.34 * sum(rows))
+    figure = figure_of(8, 0.8 * len(rows) + 0.34 * sum(rows))
     panels = figure.subplots(len(rows), 1, squeeze=False, gridspec_kw={"height_ratios": [count + 1.2 for count in rows]})[:, 0]
     for axes, (name, cases) in zip(panels, groups.items(), strict=True):
         for row, case in enumerate(cases):
@@ -92,7 +92,7 @@ def _plot_bars(groups: Mapping[str, Sequence[Case]], device: str, path: Path) ->
         axes.margins(x=0.14)
         axes.set_xlim(left=0)
         tick = "; red: predicted" if any(case.get("predicted_ms") for case in cases) else ""
-        _dress(axes, f"{name}: {device}", f"milliseconds (median; line: middle 80 % of samples{tick})")
+        dress(axes, f"{name}: {device}", f"milliseconds (median; line: middle 80 % of samples{tick})")
     figure.savefig(path)
 
 
@@ -100,7 +100,7 @@ def _plot_curves(groups: Mapping[str, Sequence[Case]], device: str, path: Path) 
     """A panel per group; each series measured (points) and predicted (dashes)."""
     columns = min(3, len(groups))
     lines = math.ceil(len(groups) / columns)
-    figure = _figure(3.6 * columns, 3.1 * lines)
+    figure = figure_of(3.6 * columns, 3.1 * lines)
     panels = figure.subplots(lines, columns, squeeze=False).ravel()
     for axes in panels[len(groups) :]:
         axes.set_visible(False)
@@ -123,13 +123,13 @@ def _plot_curves(groups: Mapping[str, Sequence[Case]], device: str, path: Path) 
         axes.set_xticks([case["x"] for case in cases], labels=[f"{case['x']:.3g}" for case in cases])
         axes.minorticks_off()
         axes.legend(frameon=False, fontsize=7)
-        _dress(axes, name, cases[0]["axis"], f"milliseconds ({device})")
+        dress(axes, name, cases[0]["axis"], f"milliseconds ({device})")
     figure.savefig(path)
 
 
 def _plot_roofline(groups: Mapping[str, Sequence[Case]], ceilings: Mapping[str, float], device: str, path: Path) -> None:
     """FLOP/s over FLOP per byte: the cases between the measured copy rate (the slope) and the measured GEMM rates (the ceilings)."""
-    figure = _figure(7.5, 4.6)
+    figure = figure_of(7.5, 4.6)
     axes = figure.subplots()
     every = [case for cases in groups.values() for case in cases]
     intensity = [case["flops"] / case["bytes"] for case in every]
@@ -156,7 +156,7 @@ def _plot_roofline(groups: Mapping[str, Sequence[Case]], ceilings: Mapping[str, 
         )
     axes.set_ylim(10.0 ** math.floor(math.log10(low * ceilings["copy"] / 1e9)), 10.0 ** math.ceil(math.log10(ceilings["flops"] / 1e9)))
     axes.legend(frameon=False, fontsize=7.5, loc="lower right")
-    _dress(axes, f"Roofline: {device}", "FLOP per byte of the way's own traffic", "GFLOP/s")
+    dress(axes, f"Roofline: {device}", "FLOP per byte of the way's own traffic", "GFLOP/s")
     figure.savefig(path)
 
 
@@ -165,7 +165,7 @@ def plot_drift(found: Mapping[str, Any], path: Path) -> None:
 
     found: {"methods": {name: {"drift": [[switches, |W - W0| / |W0|], ...]}}, "delta": the mixture's own |delta| / |W|}.
     """
-    figure = _figure(7, 4.2)
+    figure = figure_of(7, 4.2)
     axes = figure.subplots()
     values = [v for entry in found["methods"].values() for _, v in entry["drift"] if v]
     floor = min([*values, found["delta"]]) / 10
@@ -181,7 +181,7 @@ def plot_drift(found: Mapping[str, Any], path: Path) -> None:
     ticks = [10.0**e for e in range(-12, 3) if floor * 2.2 < 10.0**e <= axes.get_ylim()[1]]
     axes.set_yticks([floor, *ticks], labels=["0", *(f"$10^{{{round(math.log10(t))}}}$" for t in ticks)])
     axes.minorticks_off()
-    _dress(axes, "What switching leaves behind in the weights (bfloat16)", "switches, then the mixture taken out", "|W - W0| / |W0|")
+    dress(axes, "What switching leaves behind in the weights (bfloat16)", "switches, then the mixture taken out", "|W - W0| / |W0|")
     axes.legend(frameon=False, fontsize=8.5, loc="center right")
     figure.savefig(path)
 
@@ -189,7 +189,7 @@ def plot_drift(found: Mapping[str, Any], path: Path) -> None:
 def plot_decode(found: Mapping[str, Any], path: Path) -> None:
     """Milliseconds per token of every method and strategy, the reference decoder's above transformers', with lines at the backbones."""
     rows = found["rows"]
-    figure = _figure(7.5, 0.9 + 0.3 * len(rows))
+    figure = figure_of(7.5, 0.9 + 0.3 * len(rows))
     axes = figure.subplots()
     for index, row in enumerate(rows):
         ours = row["strategy"] in ("merged", "fused")
@@ -205,5 +205,5 @@ def plot_decode(found: Mapping[str, Any], path: Path) -> None:
     axes.margins(x=0.12)
     axes.set_xlim(left=0)
     where = f"milliseconds per token (median of {found['tokens']}, {found['device']}, batch 1)"
-    _dress(axes, "What dynamic adapters cost a decoded token (dotted: the backbone)", where)
+    dress(axes, "What dynamic adapters cost a decoded token (dotted: the backbone)", where)
     figure.savefig(path)

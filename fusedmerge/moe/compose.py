@@ -14,10 +14,10 @@ from fusedmerge.errors import InvalidTypeError, InvalidValueError, StateError, U
 from fusedmerge.formats.lora import Adapter, Factors
 from fusedmerge.moe.config import LoRAMoEConfig
 from fusedmerge.moe.inject import eject, inject
-from fusedmerge.moe.published import stacked
+from fusedmerge.moe.published import PREFIX, stacked
 from fusedmerge.moe.routing import TableRouter
 from fusedmerge.moe.structure import Structure, structure
-from fusedmerge.moe.targets import make_plan
+from fusedmerge.moe.targets import make_plan, token_embedding
 
 if TYPE_CHECKING:
     PathLike = str | os.PathLike[str]
@@ -32,6 +32,7 @@ def compose(
     *,
     top_k: int = 2,
     table: Mapping[int, Choice] | None = None,
+    hold: bool = False,
     seed: int = 0,
     **options: Any,
 ) -> nn.Module:
@@ -40,8 +41,8 @@ def compose(
     adapters: PEFT directories, {name: directory}, or an AdapterBank. Adapters may differ in rank, scaling and targets; a target that an
     adapter lacks is 0 there. Factors become float32 and stay frozen (train_experts=True to train them). A router (top_k of them per token)
     is added on top, to be trained.
-    table: no router, but {token id: experts}: a name or number, several of them (gate 1 each), or {name: gate}. A token that is not in the
-    table has none. top_k is then the longest entry.
+    table: no router, but {token id: experts}: a name or number, several of them (gate 1 each), or {name: gate}; [] is none. A token that
+    is not in the table has none. top_k is then the longest entry. hold: it keeps the last choice before it instead (control tokens).
     options: further fields of LoRAMoEConfig.
 
     Raises as AdapterBank.from_peft and inject do; InvalidValueError, UnknownNameError for a table that does not fit.
@@ -57,7 +58,7 @@ def compose(
         top_k=max(len(row) for row in rows.values()) if rows else top_k,
         r=max(pair.rank for adapter in members for pair in adapter.targets.values()),
         target_modules=tuple(name.removesuffix(".weight") for name in bank.targets),
-        router="learned" if rows is None else "table",
+        router="learned" if rows is None else "control" if hold else "table",
         expert_names=bank.names,
         **{"train_experts": False, **options},
     )
@@ -69,7 +70,7 @@ def compose(
         for name, part in made.parts.items():
             for attribute, field in (("lora_A", "lora_A.weight"), ("lora_B", "lora_B.weight"), ("scaling", "scaling")):
                 own: torch.Tensor = getattr(part, attribute)
-                own.data.copy_(tensors[f"base_model.model.{name}.{field}"])
+                own.data.copy_(tensors[f"{PREFIX}{name}.{field}"])
         if rows is not None:
             _set_table(made, rows)
     except BaseException:
@@ -117,11 +118,12 @@ def _set_table(made: Structure, rows: Mapping[int, Mapping[int, float]]) -> None
     assert isinstance(router, TableRouter)
     if max(rows) >= len(router.ids):
         raise InvalidValueError("compose", "table", f"token ids below {len(router.ids)} (the vocabulary)", max(rows))
-    ids, gates = torch.full_like(router.ids, -1), torch.zeros_like(router.gates)
+    ids, gates, steers = torch.full_like(router.ids, -1), torch.zeros_like(router.gates), torch.zeros_like(router.steers)
     for token, row in rows.items():
+        steers[token] = True
         for place, (expert, gate) in enumerate(row.items()):
             ids[token, place], gates[token, place] = expert, gate
-    router.ids, router.gates = ids, gates
+    router.ids, router.gates, router.steers = ids, gates, steers
 
 
 class _Reached(Exception):
@@ -138,8 +140,8 @@ def token_table(model: Any, chunk: int = 4096) -> TableRouter:
     """
     made = structure(model)
     router, first = made.routers.get("router"), next(iter(made.linears.values()), None)
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    if made.config.method != "lora_switch" or router is None or first is None or not isinstance(embedding, nn.Embedding):
+    embedding = token_embedding(model)
+    if made.config.method != "lora_switch" or router is None or first is None or embedding is None:
         raise StateError("token_table", "model", "a transformers model with lora_switch", f"{type(model).__name__}, {made.config.method}")
     if isinstance(router, TableRouter):
         return router

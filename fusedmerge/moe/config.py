@@ -59,7 +59,7 @@ class LoRAMoEConfig:
         target_modules ("all-linear", a list of name endings, a regular expression for whole names): as PEFT means them.
     gating: "softmax_of_topk": over the k chosen logits (k = 1: over all, since a renormalised single gate would be constant);
         "topk_of_softmax": over all, then the k largest as they are; "topk_of_softmax_renormalized": then divided by their sum.
-    router: "learned", or "table": fixed experts for each token id ("lora_switch" only).
+    router: "learned"; "lora_switch" also has "table", fixed experts for each token id, and "control", held for the tokens that follow.
     router_init_std: of the normal distribution that a router starts from.
     balance_loss: "switch" (minimum 1), "mixtral" (minimum k), "cv2" or "none"; see fusedmerge.moe.losses. Added to outputs.loss with
         balance_loss_coef, and the z-loss with z_loss_coef.
@@ -144,7 +144,7 @@ class LoRAMoEConfig:
         _one_of("init_lora_weights", self.init_lora_weights, (True, False, "gaussian"))
         _one_of("gating", self.gating, GATINGS)
         _one_of("balance_loss", self.balance_loss, BALANCE_LOSSES)
-        _one_of("router", self.router, ("learned", "table") if self.method == "lora_switch" else ("learned",))
+        _one_of("router", self.router, ("learned", "table", "control") if self.method == "lora_switch" else ("learned",))
         self._check_names(counts)
 
     def _check_names(self, counts: tuple[Any, ...]) -> None:

@@ -18,6 +18,7 @@ from fusedmerge.checks import usable_device
 from fusedmerge.errors import DeviceError, DtypeError, InvalidTypeError, InvalidValueError, ShapeError
 from fusedmerge.moe.decoder_files import DecoderConfig, bias_name, check_weights, linear_names, read_checkpoint
 from fusedmerge.moe.experts import ExpertSet
+from fusedmerge.ops import group_once
 from fusedmerge.weights import collect
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ class Cache:
         self.values = torch.zeros_like(self.keys)  # [L, B, K, S, D]
         self.padding = torch.zeros(batch, dtype=torch.int64, device=decoder.device)  # [B], positions at the left that hold no token
         self.slots = torch.arange(capacity, device=decoder.device)  # [S]
+        self.is_fresh = True  # what comes is a prompt
+        self.held: tuple[Tensor, Tensor] | None = None  # ids and gates [B, k] that a control token has left for those after it
         angles = torch.outer(torch.arange(capacity).float(), config.inverse_frequencies())  # [S, D / 2]
         angles = torch.cat((angles, angles), dim=-1)  # [S, D]
         self.cos, self.sin = (table.to(decoder.device, decoder.dtype) for table in (angles.cos(), angles.sin()))  # [S, D]
@@ -93,8 +96,9 @@ class Decoder:
         device: torch.device | str = "cpu",
         packed: bool = False,
     ) -> Decoder:
-        """Load a checkpoint of transformers (safetensors, one file or sharded). dtype: the configuration's own by default.
-        experts: also a directory that `fusedmerge.moe.save` wrote.
+        """Load a checkpoint of transformers (safetensors, one file or sharded).
+
+        experts: a set, or a directory that `fusedmerge.moe.save` wrote (or `load` reads). dtype: the configuration's own by default.
 
         Raises MissingFileError; FormatError for another architecture, an option that is not computed here, a tensor that is missing or
         unknown, a damaged file; ShapeError; DeviceError.
@@ -117,7 +121,7 @@ class Decoder:
 
     def to(self, dtype: torch.dtype) -> Decoder:
         """A copy in another dtype."""
-        weights = {name: weight.to(dtype) for name, weight in self.weights.items()}
+        weights = {name: weight.to(dtype, copy=True) for name, weight in self.weights.items()}
         return Decoder(self.config, weights, self.experts.to(dtype) if self.experts else None, packed=bool(self.packed))
 
     def _pack(self, names: Sequence[str]) -> None:
@@ -141,17 +145,18 @@ class Decoder:
 
         span: how many of the cache's positions may be looked at. Nothing waits for the device: a CUDA graph may hold a call.
         """
-        apply.start(tokens)
+        apply.start(tokens, cache)
         x = F.embedding(tokens, self.weights["model.embed_tokens.weight"])  # [B, T, hidden]
         turn = (positions - cache.padding[:, None]).clamp_min(0)  # [B, T]
         rope = (cache.cos[turn][:, None], cache.sin[turn][:, None])  # [B, 1, T, D] each
         masks = {window: self._mask(cache, positions, span, window) for window in set(self.config.windows)}  # [B, 1, T, span] each
-        for layer, names in enumerate(self.names):
-            mask = masks[self.config.windows[layer]]
-            seen = self._norm(x, f"model.layers.{layer}.input_layernorm.weight")  # [B, T, hidden]
-            x = x + self._attention(layer, seen, cache, positions, rope, mask, apply)  # [B, T, hidden]
-            seen = self._norm(x, f"model.layers.{layer}.post_attention_layernorm.weight")  # [B, T, hidden]
-            x = x + apply.mlp(seen, names["gate_proj"], names["up_proj"], names["down_proj"])  # [B, T, hidden]
+        with group_once():  # layers that share a route share its grouping, where there are many tokens
+            for layer, names in enumerate(self.names):
+                mask = masks[self.config.windows[layer]]
+                seen = self._norm(x, f"model.layers.{layer}.input_layernorm.weight")  # [B, T, hidden]
+                x = x + self._attention(layer, seen, cache, positions, rope, mask, apply)  # [B, T, hidden]
+                seen = self._norm(x, f"model.layers.{layer}.post_attention_layernorm.weight")  # [B, T, hidden]
+                x = x + apply.mlp(seen, names["gate_proj"], names["up_proj"], names["down_proj"])  # [B, T, hidden]
         return self._norm(x, "model.norm.weight")
 
     def head(self, hidden: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +14,7 @@ from fusedmerge.moe.config import LoRAMoEConfig
 from fusedmerge.moe.layers import MoELinear
 from fusedmerge.moe.routing import Router, TableRouter
 from fusedmerge.moe.structure import _ATTRIBUTE, Structure, structure
-from fusedmerge.moe.targets import Plan, Site, make_plan
+from fusedmerge.moe.targets import Plan, Site, make_plan, token_embedding
 from fusedmerge.moe.xlora import XLoRAClassifier, XLoRAOptions, hidden_size_of
 from fusedmerge.weights import canonical_name
 
@@ -96,7 +95,7 @@ def _shared_routers(made: Structure, plan: Plan, generator: torch.Generator) -> 
         return {
             "router": XLoRAClassifier(config, names, hidden_size_of(made.model, "inject"), generator, plan.sites[0].linear.weight.device)
         }
-    if config.router == "table":
+    if config.router != "learned":
         return {"router": _random_table(made, generator)}
     routers: dict[str, nn.Module] = {}
     for name in groups:
@@ -112,7 +111,7 @@ def _shared_routers(made: Structure, plan: Plan, generator: torch.Generator) -> 
 
 def _random_table(made: Structure, generator: torch.Generator) -> TableRouter:
     """k distinct experts for each token id, at random, with equal gates (`compose` sets other tables)."""
-    embedding = _embedding(made.model)
+    embedding = token_embedding(made.model)
     if embedding is None:
         embedding = next((module for module in made.model.modules() if isinstance(module, nn.Embedding)), None)
     if embedding is None:
@@ -122,7 +121,7 @@ def _random_table(made: Structure, generator: torch.Generator) -> TableRouter:
     k, shape = int(made.config.top_k or 1), (embedding.num_embeddings, made.config.max_experts)
     ids = torch.rand(shape, generator=generator, device="cpu").argsort(dim=-1)[:, :k]
     device = embedding.weight.device
-    return TableRouter(ids.to(device), torch.full(ids.shape, 1 / k, device=device))
+    return TableRouter(ids.to(device), torch.full(ids.shape, 1 / k, device=device), made.config.router == "control")
 
 
 def _install(model: nn.Module, made: Structure, parts: dict[str, nn.Module], shared: dict[str, nn.Module]) -> nn.Module:
@@ -130,7 +129,7 @@ def _install(model: nn.Module, made: Structure, parts: dict[str, nn.Module], sha
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.requires_grad_(False)
-            made._undo.append(partial(parameter.requires_grad_, True))
+            made._undo.append(partial(setattr, parameter, "requires_grad", True))
     replacements: dict[int, nn.Module] = {id(part.base_layer): part for part in parts.values()}
     places = [  # found before anything moves: a block's linears are replaced as well as the block
         (model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], module)
@@ -142,6 +141,9 @@ def _install(model: nn.Module, made: Structure, parts: dict[str, nn.Module], sha
         part.training = module.training
         setattr(where, leaf, part)
         made._undo.append(partial(setattr, where, leaf, module))
+    for where, attribute in _shortcuts(model):
+        made._undo.append(partial(setattr, where, attribute, getattr(where, attribute)))
+        setattr(where, attribute, False)
     if shared:
         model.add_module("lora_routers", nn.ModuleDict(shared).train(model.training))
         made._undo.append(partial(delattr, model, "lora_routers"))
@@ -149,10 +151,10 @@ def _install(model: nn.Module, made: Structure, parts: dict[str, nn.Module], sha
     return model
 
 
-def _embedding(model: Any) -> nn.Embedding | None:
-    """A transformers model's embedding of token ids."""
-    found = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    return found if isinstance(found, nn.Embedding) else None
+def _shortcuts(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """What lets torch's own encoder compute with its linears' weights in evaluation, without calling them."""
+    kinds = ((nn.TransformerEncoderLayer, "activation_relu_or_gelu"), (nn.TransformerEncoder, "use_nested_tensor"))
+    return [(module, name) for module in model.modules() for kind, name in kinds if isinstance(module, kind)]
 
 
 class _Found(Exception):
@@ -162,7 +164,7 @@ class _Found(Exception):
 def _find_places(model: nn.Module, plan: Plan, config: LoRAMoEConfig) -> dict[str, str]:
     """Shared router -> the linear of its group that a forward of one token reaches first; what no forward could show is left out."""
     groups = {_group(site, config) for site in plan.sites} - {""}
-    embedding = _embedding(model) if groups else None
+    embedding = token_embedding(model) if groups else None
     if embedding is None:
         return {}
     places: dict[str, str] = {}

@@ -1,4 +1,11 @@
-"""Adapted linears. Every method but PESC is made of them; what differs is where a linear's ids and gates come from."""
+"""Adapted linears: y = W x + b + sum_j g_j s B_j (A_j x). What differs between the methods is where the gates g come from.
+
+- lora_switch (arXiv 2405.17741, section 3): y^l = f^l(x^l) + sum_i G^1(x^1)_i E_i^l(x^l), G^1 = softmax of the top k of x^1 W_r, x^1 the
+  input of the first adapted linear. moral (arXiv 2402.11260): the same with a G in each layer, from the layer's first adapted linear.
+- mola (arXiv 2402.08562): each linear its own G(x) = softmax(W_r x), of which the top k are kept and divided by their sum.
+- molora (arXiv 2309.05444, "soft merging"): G(x) = softmax(W_r x) over all N. loramoe (arXiv 2312.09979): the same, on the MLP's linears.
+- lora (arXiv 2106.09685): N = 1 and g = 1. xlora: fusedmerge.moe.xlora. mixlora and pesc: fusedmerge.moe.blocks.
+"""
 
 from __future__ import annotations
 
@@ -82,6 +89,7 @@ class Experts(nn.Module):
 
     @property
     def num_experts(self) -> int:
+        """N."""
         return int(self.lora_A.shape[0])
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Experts:

@@ -37,7 +37,7 @@ def aux_loss(model: torch.nn.Module) -> torch.Tensor:
     found = structure(model)
     if found.last_loss is None:
         raise StateError("aux_loss", "model", "a forward before it, with gradients on, with labels or in recording()", "none")
-    return found.last_loss
+    return found.last_loss()
 
 
 def total_loss(
@@ -79,9 +79,10 @@ def balance_loss(record: Record, kind: str, weights: torch.Tensor | None = None)
 
 
 def _per_expert(record: Record, values: torch.Tensor) -> torch.Tensor:
-    """values [..., k] of the chosen experts -> [T, N]."""
-    logits, k = record.logits.reshape(-1, record.logits.shape[-1]), record.ids.shape[-1]
-    return torch.zeros_like(logits).scatter_add(1, record.ids.reshape(-1, k).long(), values.reshape(-1, k).to(logits.dtype))
+    """values [..., k] of the chosen experts -> [T, N]. An empty slot (a token whose logits are NaN has nothing else) counts nowhere."""
+    logits, ids = record.logits.reshape(-1, record.logits.shape[-1]), record.ids.reshape(-1, record.ids.shape[-1]).long()
+    counted = values.reshape(ids.shape).to(logits.dtype) * (ids >= 0)
+    return torch.zeros_like(logits).scatter_add(1, ids.clamp_min(0), counted)
 
 
 def z_loss(record: Record, weights: torch.Tensor | None = None) -> torch.Tensor:

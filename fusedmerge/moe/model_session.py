@@ -16,7 +16,7 @@ from fusedmerge.moe.layers import MoELinear
 from fusedmerge.moe.routing import TableRouter
 from fusedmerge.moe.strategies import MERGED, add_unfused, full, merge_simple, one_route
 from fusedmerge.moe.structure import Structure, structure
-from fusedmerge.ops import lora_linear
+from fusedmerge.ops import group_once, lora_linear
 from fusedmerge.switcher import Switcher
 
 if TYPE_CHECKING:
@@ -60,14 +60,10 @@ class ModelSession:
             return self._forward(tokens[:, None], positions)
 
     def _forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        options = {"position_ids": positions, "logits_to_keep": 1}
-        out = self.model(
-            input_ids=tokens,
-            attention_mask=self._mask,
-            past_key_values=self._cache,
-            use_cache=True,
-            **{name: value for name, value in options.items() if name in self._accepted},
-        )
+        options: dict[str, Any] = {"position_ids": positions, "logits_to_keep": 1}
+        options = {name: value for name, value in options.items() if name in self._accepted}
+        with group_once():
+            out = self.model(input_ids=tokens, attention_mask=self._mask, past_key_values=self._cache, use_cache=True, **options)
         self._cache = getattr(out, "past_key_values", None)
         if self._cache is None:
             raise InvalidTypeError(_OP, "model", "a causal language model with a KV cache", type(self.model).__name__)
@@ -103,7 +99,7 @@ class ModelSession:
         """Plain linears on weights that are merged where the forward first meets them. tokens [B, 1]."""
         assert self.structure is not None
         table = next((router for router in self.structure.routers.values() if isinstance(router, TableRouter)), None)
-        known = None if table is None else table(tokens)  # such a router reads the token itself
+        known = None if table is None else self._look_up(table, tokens)
         with self.structure.suspended(), ExitStack() as hooks:
             parts = list(self.structure.linears.values())  # in execution order, which the prefill has shown
             for part in parts[:1] if self.strategy == "merged" else parts:
@@ -114,6 +110,13 @@ class ModelSession:
 
                 hooks.callback(part.register_forward_pre_hook(before).remove)
             yield
+
+    def _look_up(self, table: TableRouter, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Such a router reads the token itself; what a control token decided stands on the model's KV cache, as in its own forward."""
+        ids, gates = table(tokens, getattr(self._cache, "_held", None))
+        if table.holds:
+            self._cache._held = ids[:, -1], gates[:, -1]
+        return ids, gates
 
     def _merge(self, part: MoELinear, ids: Tensor, gates: Tensor) -> None:
         assert self.structure is not None

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from fusedmerge.checks import read_json, shorten
-from fusedmerge.errors import FormatError, InvalidValueError, MissingFileError
+from fusedmerge.errors import FormatError, InvalidValueError, MissingFileError, UnknownNameError
 from fusedmerge.formats.moe import MoECheckpoint, layout_of, read_moe
 from fusedmerge.formats.peft import read_peft
 from fusedmerge.formats.tensors import read_config, read_tensors
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
     PathLike = str | os.PathLike[str]
 
-__all__ = ["is_published", "read", "stacked"]
+__all__ = ["PREFIX", "is_published", "read", "stacked"]
 
 Read = tuple[LoRAMoEConfig, dict[str, torch.Tensor], dict[str, str]]  # configuration, tensors by the names `save` gives them, places
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."  # of every tensor in a file, as PEFT has it
 
 
 def is_published(path: Path) -> bool:
@@ -54,27 +54,30 @@ def read(model: nn.Module, path: Path, top_k: int | None, adapters: Mapping[str,
     return _experts_by_layer(model, read_moe(path), top_k)
 
 
-def stacked(adapters: Sequence[Adapter], plan: Plan, r: int, device: str = "cpu") -> dict[str, torch.Tensor]:
+def stacked(adapters: Sequence[Adapter], plan: Plan, r: int) -> dict[str, torch.Tensor]:
     """Adapters as each linear's stacked experts, padded with zeros to rank r; 0 where an adapter has no factors for a linear.
 
-    Factors keep their dtype where all of a linear's have one, else they become float32.
+    Factors keep their dtype where all of a linear's have one, else they become float32. Raises UnknownNameError for factors that no linear
+    of the plan takes, and ShapeError.
     """
     tensors: dict[str, torch.Tensor] = {}
+    if absent := {target for adapter in adapters for target in adapter.targets} - {site.name for site in plan.sites}:
+        raise UnknownNameError("load", "adapters", "targets that the model has, where the method puts experts", shorten(absent))
     for site in plan.sites:
         module = site.name.removesuffix(".weight")
         rows, columns = site.linear.out_features, site.linear.in_features
         members = [adapter.targets.get(site.name) for adapter in adapters[: site.num_experts]]
         found = {factors.a.dtype for factors in members if factors is not None}
         dtype = found.pop() if len(found) == 1 else torch.float32
-        a = torch.zeros(site.num_experts, r, columns, dtype=dtype, device=device)
-        b = torch.zeros(site.num_experts, rows, r, dtype=dtype, device=device)
-        scaling = torch.zeros(site.num_experts, device=device)
+        a = torch.zeros(site.num_experts, r, columns, dtype=dtype)
+        b = torch.zeros(site.num_experts, rows, r, dtype=dtype)
+        scaling = torch.zeros(site.num_experts)
         for index, given in enumerate(members):
             if given is not None:
                 factors = given.oriented((rows, columns), False, "load", f"{adapters[index].name} on {site.name}")
                 a[index, : factors.rank], b[index, :, : factors.rank] = factors.a, factors.b
                 scaling[index] = factors.scaling
-        tensors |= {f"{_PREFIX}{module}.lora_A.weight": a, f"{_PREFIX}{module}.lora_B.weight": b, f"{_PREFIX}{module}.scaling": scaling}
+        tensors |= {f"{PREFIX}{module}.lora_A.weight": a, f"{PREFIX}{module}.lora_B.weight": b, f"{PREFIX}{module}.scaling": scaling}
     return tensors
 
 
@@ -83,8 +86,11 @@ def _experts_by_layer(model: nn.Module, checkpoint: MoECheckpoint, top_k: int | 
     top_k = checkpoint.top_k if top_k is None else top_k
     if top_k is None and checkpoint.method == "mola":
         raise InvalidValueError("load", "top_k", "a number (MoLA's files do not hold it)", "None")
-    adapters = [*checkpoint.experts, *([checkpoint.static] if checkpoint.static else [])]
-    factors = [factors for adapter in adapters for factors in adapter.targets.values()]
+    activation = getattr(getattr(model, "config", None), "hidden_act", None)
+    if checkpoint.method == "mixlora" and checkpoint.config.get("act_fn") not in (None, activation):
+        raise FormatError("load", "act_fn", f"the model's own activation ({activation})", checkpoint.config["act_fn"])
+    beside = [checkpoint.static] if checkpoint.static else []
+    factors = [factors for adapter in (*checkpoint.experts, *beside) for factors in adapter.targets.values()]
     counts: dict[str, int] = {}
     for module, router in checkpoint.routers.items():
         number = int(router.shape[0])
@@ -96,17 +102,19 @@ def _experts_by_layer(model: nn.Module, checkpoint: MoECheckpoint, top_k: int | 
         num_experts=ordered[0] if len(set(ordered)) == 1 else tuple(ordered),
         top_k=top_k,
         r=max(pair.rank for pair in factors),
-        target_modules=tuple(sorted({target.removesuffix(".weight") for adapter in adapters for target in adapter.targets})),
+        lora_dropout=checkpoint.config.get("lora_dropout") or 0.0,
+        target_modules=_modules([*checkpoint.experts, *beside]),
     )
     plan = make_plan(model, config, "load")
-    static = Plan(tuple(site for site in plan.sites if site.static), ())
-    routed = Plan(tuple(site for site in plan.sites if not site.static), ())
-    absent = [t for a in adapters for t in a.targets if t not in {s.name for s in (static if a is checkpoint.static else routed).sites}]
-    if absent:
-        raise FormatError("load", "tensors", "factors for linears of the model, where the method has them", shorten(set(absent)))
-    tensors = stacked(checkpoint.experts, routed, int(config.r or 0)) | stacked(adapters[-1:], static, int(config.r or 0))
-    tensors |= {f"{_PREFIX}{name}.router.weight": router for name, router in checkpoint.routers.items()}
+    tensors: dict[str, torch.Tensor] = {}
+    for members, static in ((checkpoint.experts, False), (beside, True)):
+        tensors |= stacked(members, Plan(tuple(site for site in plan.sites if site.static is static), ()), int(config.r or 0))
+    tensors |= {f"{PREFIX}{name}.router.weight": router for name, router in checkpoint.routers.items()}
     return config, tensors, {}
+
+
+def _modules(adapters: Sequence[Adapter]) -> tuple[str, ...]:
+    return tuple(sorted({target.removesuffix(".weight") for adapter in adapters for target in adapter.targets}))
 
 
 def _xlora(model: nn.Module, path: Path, values: dict[str, Any], adapters: Mapping[str, PathLike] | Sequence[PathLike] | None) -> Read:
@@ -116,15 +124,15 @@ def _xlora(model: nn.Module, path: Path, values: dict[str, Any], adapters: Mappi
     if values.get("scaling_pass_value", 0.0) not in (0, 0.0):
         raise FormatError("load", "scaling_pass_value", "0 (a first pass of the bare model)", values["scaling_pass_value"])
     softmax, of_topk, top_k = values.get("enable_softmax", True), values.get("enable_softmax_topk", False), values.get("top_k_lora")
-    if softmax and of_topk and top_k is not None:
+    if softmax and of_topk:
         raise FormatError("load", "enable_softmax_topk", "a softmax over all or over the top k, not one of the other", "both")
     config = LoRAMoEConfig(
         method="xlora",
         num_experts=len(loaded),
         top_k=top_k,
         r=max(pair.rank for pair in factors),
-        target_modules=tuple(sorted({target.removesuffix(".weight") for adapter in loaded for target in adapter.targets})),
-        gating="softmax_of_topk" if of_topk and top_k is not None else "topk_of_softmax",
+        target_modules=_modules(loaded),
+        gating="softmax_of_topk" if of_topk else "topk_of_softmax",
         train_experts=bool(values.get("use_trainable_adapters", False)),
         expert_names=tuple(named),
         xlora={
@@ -133,7 +141,7 @@ def _xlora(model: nn.Module, path: Path, values: dict[str, Any], adapters: Mappi
             "dropout": values.get("xlora_dropout_p", 0.2) if values.get("enable_relu_and_dropout", True) else 0.0,
             "relu": values.get("enable_relu_and_dropout", True),
             "layerwise": values.get("layerwise_scalings", False),
-            "softmax": bool(softmax or (of_topk and top_k is not None)),
+            "softmax": bool(softmax or of_topk),
             "temperature": values.get("softmax_temperature", 1.0) if softmax else 1.0,
             "global_scaling": values.get("global_scaling_weight", 1.0),
             "bias": values.get("use_bias", True),
@@ -142,7 +150,7 @@ def _xlora(model: nn.Module, path: Path, values: dict[str, Any], adapters: Mappi
     tensors = stacked(loaded, make_plan(model, config, "load"), int(config.r or 0))
     for index, pair in enumerate(_classifier(path)):
         for attribute, tensor in pair.items():
-            tensors[f"{_PREFIX}router.layers.{index}.{attribute}"] = tensor
+            tensors[f"{PREFIX}router.layers.{index}.{attribute}"] = tensor
     return config, tensors, {}
 
 

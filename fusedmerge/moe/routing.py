@@ -84,12 +84,12 @@ class Router(nn.Module):
         generator = torch.Generator().manual_seed(self.seed)
         return torch.randn(self.num_experts, in_features, generator=generator, device="cpu") * self.std
 
-    @torch.no_grad()
     def materialise(self, in_features: int) -> None:
         """Set the width of a router that had none yet. The Parameter stays the same object, so optimisers keep it."""
         if isinstance(self.weight, nn.UninitializedParameter):
-            self.weight.materialize((self.num_experts, in_features))
-            self.weight.copy_(self._drawn(in_features))
+            with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be trained later
+                self.weight.materialize((self.num_experts, in_features))
+                self.weight.copy_(self._drawn(in_features))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x [..., in] -> ids int32 [..., k], gates float32 [..., k] (float64 for float64 x). Nothing waits for the device."""
@@ -122,16 +122,20 @@ class Router(nn.Module):
 class TableRouter(nn.Module):
     """Fixed experts for each token id: no training, and known before the forward.
 
-    ids int32 [V, k] (-1: none), gates float32 [V, k]. The experts of token id v are row v.
+    ids int32 [V, k] (-1: none), gates float32 [V, k]: row v is for token id v. holds: tokens that do not steer keep the choice of the last
+    token before them that does, so that a control token decides for what follows it; steers bool [V].
     """
 
     ids: torch.Tensor
     gates: torch.Tensor
+    steers: torch.Tensor
 
-    def __init__(self, ids: torch.Tensor, gates: torch.Tensor) -> None:
+    def __init__(self, ids: torch.Tensor, gates: torch.Tensor, holds: bool = False) -> None:
         super().__init__()
+        self.holds = holds
         self.register_buffer("ids", ids.to(torch.int32))
         self.register_buffer("gates", gates.to(torch.float32))
+        self.register_buffer("steers", torch.ones(len(ids), dtype=torch.bool, device=ids.device))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> TableRouter:
         gates = self.gates
@@ -139,9 +143,19 @@ class TableRouter(nn.Module):
         self.gates = gates.to(self.gates.device)  # float32 whatever the model becomes
         return self
 
-    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """input_ids [...] -> ids int32 [..., k], gates float32 [..., k]."""
-        return self.ids[input_ids], self.gates[input_ids]
+    def forward(self, input_ids: torch.Tensor, held: tuple[torch.Tensor, torch.Tensor] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """input_ids [..., T] -> ids int32 [..., T, k], gates float32 [..., T, k]. held: what earlier tokens left, [..., k] each."""
+        ids, gates = self.ids[input_ids], self.gates[input_ids]
+        if not self.holds:
+            return ids, gates
+        places = torch.arange(input_ids.shape[-1], device=input_ids.device)
+        last = torch.where(self.steers[input_ids], places, -1).cummax(dim=-1).values[..., None]  # [..., T, 1]; -1: none yet
+        before = (
+            (-torch.ones_like(ids[..., :1, :]), torch.zeros_like(gates[..., :1, :])) if held is None else (t[..., None, :] for t in held)
+        )
+        at = last.clamp_min(0).expand(ids.shape)
+        ids, gates = (torch.where(last >= 0, now.gather(-2, at), then) for now, then in zip((ids, gates), before, strict=True))
+        return ids, gates
 
 
 class Routing:

@@ -47,8 +47,10 @@ class DecoderSession:
         self._reserve("prefill", 0, tokens.shape[1])
         self._decode.restore()
         self.cache.padding.copy_(torch.zeros_like(self.cache.padding) if padding is None else padding)
+        self.cache.is_fresh = True
         positions = self.cache.slots[: tokens.shape[1]]  # [T]
         hidden = self.decoder.hidden(tokens, self.cache, positions, tokens.shape[1], self._prefill)  # [B, T, hidden]
+        self.cache.is_fresh = False
         self._position.fill_(self._length)
         return self.decoder.head(hidden[:, -1])
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from fusedmerge.formats.tensors import adapter_directory, read_config, read_tens
 from fusedmerge.moe import published
 from fusedmerge.moe.config import LoRAMoEConfig
 from fusedmerge.moe.inject import eject, inject
+from fusedmerge.moe.published import PREFIX
 from fusedmerge.moe.routing import Router
 from fusedmerge.moe.structure import Structure, structure
 
@@ -31,7 +33,6 @@ __all__ = ["load", "save"]
 
 PEFT_TYPE = "FUSEDMERGE_MOE"
 FORMAT = "fusedmerge.moe.v1"
-_PREFIX = "base_model.model."
 
 
 def save(model: nn.Module, directory: PathLike) -> None:
@@ -57,7 +58,7 @@ def save(model: nn.Module, directory: PathLike) -> None:
     config = {"peft_type": PEFT_TYPE, "format": FORMAT, **made.config.to_dict(), "places": dict(made.places)}
     path.mkdir(parents=True, exist_ok=True)
     with _replacing(path / "adapter_model.safetensors") as partial:
-        save_file(tensors, partial, metadata={"format": FORMAT, "config": json.dumps(config)})
+        save_file(tensors, partial, metadata={"config": json.dumps(config)})
     with _replacing(path / "adapter_config.json") as partial:
         partial.write_text(json.dumps(config, indent=2) + "\n")
 
@@ -122,11 +123,11 @@ def _slots(made: Structure) -> dict[str, tuple[nn.Module, str]]:
     """Every tensor's name in the file -> (module, attribute) that holds it."""
     slots: dict[str, tuple[nn.Module, str]] = {}
     for name, part in made.parts.items():
-        slots[f"{_PREFIX}{name}.lora_A.weight"] = (part, "lora_A")
-        slots[f"{_PREFIX}{name}.lora_B.weight"] = (part, "lora_B")
-        slots[f"{_PREFIX}{name}.scaling"] = (part, "scaling")
+        slots[f"{PREFIX}{name}.lora_A.weight"] = (part, "lora_A")
+        slots[f"{PREFIX}{name}.lora_B.weight"] = (part, "lora_B")
+        slots[f"{PREFIX}{name}.scaling"] = (part, "scaling")
     for name, router in made.routers.items():
-        at = _PREFIX + ("router" if name == "router" else f"{name}.router")
+        at = PREFIX + ("router" if name == "router" else f"{name}.router")
         for inner, module in router.named_modules():
             held = [*module._parameters, *(b for b in module._buffers if b not in module._non_persistent_buffers_set)]
             for attribute in held:
@@ -163,16 +164,12 @@ def _fill(made: Structure, tensors: Mapping[str, torch.Tensor]) -> None:
         own.data = tensors[name].to(own.device, dtype)
 
 
-class _replacing:
-    """`with _replacing(file) as partial`: what is written to `partial` takes the file's place at the end, or nothing does."""
-
-    def __init__(self, file: Path) -> None:
-        self.file, self.partial = file, file.with_name(f".{file.name}.{os.getpid()}.partial")
-
-    def __enter__(self) -> Path:
-        return self.partial
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            os.replace(self.partial, self.file)
-        self.partial.unlink(missing_ok=True)
+@contextmanager
+def _replacing(file: Path) -> Iterator[Path]:
+    """What is written to the path it yields takes the file's place at the end, or nothing does."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -28,7 +28,7 @@ from fusedmerge.switcher import Switcher
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fusedmerge.moe.decoder import Decoder
+    from fusedmerge.moe.decoder import Cache, Decoder
 
 __all__ = ["MERGED", "STRATEGIES", "UNMERGED", "Apply", "add_unfused", "full", "make", "one_route"]
 
@@ -52,7 +52,7 @@ class Apply:
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
 
-    def start(self, tokens: Tensor) -> None:
+    def start(self, tokens: Tensor, cache: Cache) -> None:
         """A forward of tokens [B, T] begins."""
 
     def project(self, x: Tensor, names: Sequence[str]) -> Sequence[Tensor]:
@@ -81,12 +81,11 @@ class _Routed(Apply):
         super().__init__(decoder)
         assert decoder.experts is not None
         self.experts = decoder.experts
-        self.tokens: Tensor | None = None
         self.chosen: dict[str | None, tuple[Tensor, Tensor]] = {}
         self._static: dict[torch.Size, tuple[Tensor, Tensor]] = {}
 
-    def start(self, tokens: Tensor) -> None:
-        self.tokens, self.chosen = tokens, {}
+    def start(self, tokens: Tensor, cache: Cache) -> None:
+        self.tokens, self.cache, self.chosen = tokens, cache, {}
 
     def route(self, router: str | None, x: Tensor) -> tuple[Tensor, Tensor]:
         """ids int32 [B, T, k] and gates float32 [B, T, k]."""
@@ -103,8 +102,18 @@ class _Routed(Apply):
         router = self.experts.routers[name]
         if not isinstance(router, TableRouter):
             return router(x)
-        ids, gates = router(self.tokens)
+        ids, gates = router(self.tokens, None if self.cache.is_fresh else self.cache.held)
+        if router.holds:
+            self._hold(ids[:, -1], gates[:, -1])
         return (ids, gates) if self.takes_empty else full(ids, gates)
+
+    def _hold(self, ids: Tensor, gates: Tensor) -> None:
+        """Keep the last token's choice [B, k], in buffers that stay where they are: a CUDA graph knows them."""
+        if self.cache.held is None:
+            self.cache.held = ids.clone(), gates.clone()
+        else:
+            for kept, now in zip(self.cache.held, (ids, gates), strict=True):
+                kept.copy_(now)
 
 
 class Fused(_Routed):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ from fusedmerge.moe.blocks import MixLoRABlock
 from fusedmerge.moe.config import LoRAMoEConfig
 from fusedmerge.moe.layers import Experts, MoELinear
 from fusedmerge.moe.routing import Carried, Record, Router, Routing, TableRouter, enter, innermost, leave
-from fusedmerge.moe.xlora import XLoRAClassifier, first_pass
+from fusedmerge.moe.xlora import XLoRAClassifier, first_pass, own_cache
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -45,7 +46,7 @@ class Structure:
         self.model = model
         self.config = config
         self.places: dict[str, str] = {}  # shared router -> the linear whose input it reads
-        self.last_loss: torch.Tensor | None = None  # aux_loss
+        self.last_loss: Callable[[], torch.Tensor] | None = None  # of the last forward that kept what it takes: see aux_loss
         self._experts: dict[str, Experts] = {}  # canonical module name -> linear or block
         self._blocks: dict[str, MixLoRABlock] = {}
         self._order: dict[str, None] = {}  # canonical module names, as they ran
@@ -207,7 +208,12 @@ class Structure:
         routers: Any = getattr(routing.root, "lora_routers", {})
         router = routers["router"] if "router" in routers else None  # noqa: SIM401 (a ModuleDict has no get)
         if isinstance(router, TableRouter):
-            routing.decided["router"] = router(_input_ids(args, kwargs))
+            input_ids = _input_ids(args, kwargs)
+            cache, more = own_cache(routing.root, args, kwargs) if router.holds else (None, {})
+            ids, gates = routing.decided["router"] = router(input_ids, getattr(cache, "_held", None))
+            if cache is not None:
+                cache._held = ids[..., -1, :], gates[..., -1, :]
+            return more
         if not isinstance(router, XLoRAClassifier):
             return {}
         hidden, more = first_pass(self, routing.root, args, kwargs)
@@ -224,11 +230,12 @@ class Structure:
         for recorder in self._recorders:
             recorder.extend(routing.records)
         self.last_loss = None
-        if not routing.records and not torch.is_grad_enabled():
+        if routing.keeps or torch.is_grad_enabled():
+            task_types = self._task_types[-1] if self._task_types else None
+            self.last_loss = partial(losses.total_loss, routing.records, self.config, routing.mask, task_types, _device(model))
+        if kwargs.get("labels") is None or self.last_loss is None or not routing.records:
             return None
-        task_types = self._task_types[-1] if self._task_types else None
-        self.last_loss = losses.total_loss(routing.records, self.config, routing.mask, task_types, _device(self.model))
-        return _with_loss(output, self.last_loss) if kwargs.get("labels") is not None and routing.records else None
+        return _with_loss(output, self.last_loss())
 
 
 def _carry_checkpoints(model: nn.Module) -> None:

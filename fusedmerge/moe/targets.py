@@ -15,7 +15,7 @@ from fusedmerge.errors import DeviceError, DtypeError, InvalidTypeError, Invalid
 from fusedmerge.moe.config import LoRAMoEConfig
 from fusedmerge.weights import canonical_name, collect
 
-__all__ = ["Block", "Plan", "Site", "make_plan"]
+__all__ = ["Block", "Plan", "Site", "layer_of", "make_plan", "token_embedding"]
 
 _FIRST_NUMBER = re.compile(r"^(?:.*?\.)?\d+(?=\.|$)")
 _GATED_MLP = ("gate_proj", "up_proj", "down_proj")
@@ -65,6 +65,15 @@ def layer_of(path: str) -> str:
     return match[0] if match else ""
 
 
+def token_embedding(model: Any) -> nn.Embedding | None:
+    """A transformers model's embedding of token ids; None where there is none."""
+    try:
+        found = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return found if isinstance(found, nn.Embedding) else None
+
+
 def make_plan(model: nn.Module, config: LoRAMoEConfig, operation: str) -> Plan:
     """Raises InvalidTypeError, InvalidValueError, StateError, DtypeError, DeviceError."""
     if not isinstance(model, nn.Module):
@@ -107,7 +116,7 @@ def _matching(model: nn.Module, config: LoRAMoEConfig, operation: str) -> Iterat
     found, others = {}, []
     for path, module in model.named_modules():
         if targets == "all-linear":
-            matches = isinstance(module, nn.Linear) and module is not output
+            matches = isinstance(module, nn.Linear) and module is not output and not _read_by_parent(module)
         elif isinstance(targets, str):
             matches = re.fullmatch(targets, path) is not None
         else:
@@ -127,6 +136,11 @@ def _matching(model: nn.Module, config: LoRAMoEConfig, operation: str) -> Iterat
     yield from found.items()
 
 
+def _read_by_parent(linear: nn.Module) -> bool:
+    """nn.MultiheadAttention computes with its out_proj's weight, and never calls it."""
+    return isinstance(linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
 def _check_linear(model: nn.Module, path: str, linear: nn.Linear, operation: str) -> None:
     parts = path.split(".")
     for depth in range(len(parts)):
@@ -134,13 +148,13 @@ def _check_linear(model: nn.Module, path: str, linear: nn.Linear, operation: str
         if hasattr(around, "lora_A") or hasattr(around, "base_layer"):
             kind = type(around).__name__
             raise StateError(operation, path, "a linear that no adapter wraps (eject, or merge and unload, it first)", f"one in a {kind}")
-    weight = next(w for w in collect(linear, operation).values() if w.name == "weight" or w.quantised)
+    weight = collect(linear, operation).get("weight")
+    if weight is None or type(linear).forward is not nn.Linear.forward or _read_by_parent(linear):
+        raise InvalidTypeError(operation, path, "a Linear that computes x W^T + b with a weight of its own", type(linear).__name__)
     if weight.quantised or not weight.tensor.is_floating_point():
         raise DtypeError(operation, path, "a plain floating-point weight", f"a quantised one ({weight.quantised or weight.tensor.dtype})")
     if weight.tensor.device.type == "meta":
         raise DeviceError(operation, path, "a weight with storage (load or materialise the model first)", "device meta")
-    if type(linear).forward is not nn.Linear.forward:
-        raise InvalidTypeError(operation, path, "a Linear that computes x W^T + b", f"a {type(linear).__name__} with a forward of its own")
 
 
 def _counts(config: LoRAMoEConfig, layers: list[str], operation: str) -> dict[str, int]:

@@ -117,25 +117,39 @@ def first_pass(owner: Structure, model: Any, args: tuple[Any, ...], kwargs: dict
     With a key-value cache the first pass has one of its own, kept on the caller's cache object: its keys and values are the bare model's.
     Raises StateError for a cache whose earlier tokens had no first pass.
     """
-    given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-    given |= given.get("kwargs", {})
-    own = {name: value for name, value in given.items() if name not in _NOT_IN_FIRST_PASS and value is not None}
-    cache, second = given.get("past_key_values"), {}
-    wants_cache = given.get("use_cache", getattr(model.config, "use_cache", False) and not model.training)
-    if cache is None and wants_cache:
-        cache = second["past_key_values"] = _new_cache(model)
+    cache, second = own_cache(model, args, kwargs)
+    own = {name: value for name, value in _arguments(model, args, kwargs).items() if name not in _NOT_IN_FIRST_PASS and value is not None}
+    own["use_cache"] = cache is not None
     if cache is not None:
         if not hasattr(cache, "_bare"):
             if cache.get_seq_length() > 0:
                 raise StateError("xlora", "past_key_values", "a cache that this model filled from its first token", "another")
             cache._bare = _new_cache(model)
-        own |= {"past_key_values": cache._bare, "use_cache": True}
-    else:
-        own["use_cache"] = False
+        own["past_key_values"] = cache._bare
     bare = getattr(model, model.base_model_prefix)
     with owner.suspended(), torch.no_grad():
         hidden: torch.Tensor = bare(**own).last_hidden_state
     return hidden, second
+
+
+def own_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The key-value cache that a forward will use (None: none), and the argument that makes it use it where it would make its own.
+
+    What a router has to remember from one call to the next of a generation is kept on this object: it lives as long as the tokens count.
+    """
+    if not hasattr(model, "config"):
+        return None, {}
+    given = _arguments(model, args, kwargs)
+    cache = given.get("past_key_values")
+    if cache is None and given.get("use_cache", getattr(model.config, "use_cache", False) and not model.training):
+        cache = _new_cache(model)
+        return cache, {"past_key_values": cache}
+    return cache, {}
+
+
+def _arguments(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    return {**given, **given.get("kwargs", {})}
 
 
 def _new_cache(model: Any) -> Any:

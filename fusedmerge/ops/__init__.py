@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 import torch
 
 from fusedmerge.errors import InvalidTypeError
-from fusedmerge.ops import library as library
 from fusedmerge.ops.arguments import Operands, as_tensors, like
+from fusedmerge.ops.library import group_once
 
-__all__ = ["lora_linear", "route_topk"]
+__all__ = ["group_once", "lora_linear", "route_topk"]
 
 Array = TypeVar("Array")
 

@@ -9,8 +9,9 @@ import functools
 import logging
 import math
 import os
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -21,13 +22,13 @@ from fusedmerge.backend.cpu import exact_products
 from fusedmerge.backend.linear import decode_linear
 from fusedmerge.backend.linear import route as kernel_route
 from fusedmerge.backend.params import MAX_SLOTS
-from fusedmerge.backend.sgmv import MAX_ADAPTERS, add_adapters
+from fusedmerge.backend.sgmv import MAX_ADAPTERS, Groups, add_adapters, group_tokens
 from fusedmerge.errors import BackendError
 from fusedmerge.ops import torch_linear, torch_route
 from fusedmerge.ops.arguments import Operands, check_linear, check_route, check_values, wide_dtype
 from fusedmerge.ops.torch_linear import DECODE_TOKENS
 
-__all__ = ["implementation"]
+__all__ = ["group_once", "implementation"]
 
 logger = logging.getLogger(__name__)
 _library = torch.library.Library("fusedmerge", "DEF")
@@ -44,7 +45,8 @@ def _kernel(name: str) -> Callable[[Kernel], Kernel]:
     def register(function: Kernel) -> Kernel:
         @functools.wraps(function)
         def without_autocast(first: torch.Tensor, *rest: Any) -> Any:
-            with torch.autocast(first.device.type, enabled=False):
+            device = first.device.type
+            with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
                 return function(first, *rest)
 
         _library.impl(name, without_autocast, "CompositeExplicitAutograd")
@@ -116,8 +118,33 @@ def _by_kernels(name: str, operands: Operands) -> torch.Tensor:
     if len(x) <= DECODE_TOKENS:
         return decode_linear(name, x, weight, a, b, ids, gates, scaling, bias)
     y = linear(x, weight, bias)
-    add_adapters(name, y, x, a, b, ids, gates, scaling)
+    add_adapters(name, y, x, a, b, ids, gates, scaling, _kept_groups(name, operands, ids, gates))
     return y
+
+
+_kept: ContextVar[dict[Any, Any] | None] = ContextVar("groups that group_once keeps", default=None)
+
+
+@contextmanager
+def group_once() -> Iterator[None]:
+    """Inside, ids and gates in the same memory are the same routing: SGMV (more than 16 tokens) groups them by expert once, not in every
+    call of `lora_linear`. For one forward of a model whose layers share a routing. The caller must not change ids and gates in place."""
+    token = _kept.set({})
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
+def _kept_groups(name: str, operands: Operands, ids: torch.Tensor, gates: torch.Tensor) -> Groups | None:
+    kept = _kept.get()
+    if kept is None:
+        return None
+    routing = operands.ids, operands.gates
+    key = name, len(operands.a), *((t.data_ptr(), t.dtype, t.shape, t.stride()) for t in routing)
+    if key not in kept:
+        kept[key] = group_tokens(name, ids, gates, len(operands.a)), routing  # kept too, so that nothing else gets their memory
+    return kept[key][0]
 
 
 @torch.library.register_fake("fusedmerge::lora_linear", lib=_library)
@@ -180,7 +207,8 @@ _define("route_topk", "(Tensor x, Tensor router_weight, int k, bool normalize) -
 def _route_topk(x: torch.Tensor, router_weight: torch.Tensor, k: int, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
     check_route(x, router_weight, k)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    name = implementation("route_topk", len(router_weight), k, x, router_weight)
+    narrow = [router_weight] if router_weight.dtype != torch.float32 else []  # a float32 router is fine beside 16-bit tokens
+    name = implementation("route_topk", len(router_weight), k, x, *narrow)
     if name == "torch" or rows.numel() == 0:
         with exact_products():
             ids, gates = torch_route.route(rows, router_weight, k, normalize)

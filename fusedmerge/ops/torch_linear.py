@@ -25,7 +25,7 @@ DECODE_TOKENS = 16  # up to here a call is a decode step: one rounding, and on a
 
 
 class Gradients(NamedTuple):
-    """Of the operands that are not plain linear algebra; None where it was not asked for."""
+    """Of all operands but weight and bias, whose gradients need no adapter; None where one was not asked for."""
 
     x: torch.Tensor | None
     a: torch.Tensor | None
@@ -65,7 +65,7 @@ def _few_tokens(operands: Operands) -> torch.Tensor:
     for expert, members in chosen.items():
         a_wide, b_wide = a[expert].to(y.dtype), b[expert].to(y.dtype)
         if len(x) == len(members) == 1:
-            y.addmm_(linear(x_wide, a_wide), b_wide.T, alpha=members[0][1])
+            y.addmm_(linear(x_wide, a_wide) * members[0][1], b_wide.T)
         else:
             tokens, coefficients = torch.tensor([t for t, _ in members]), y.new_tensor([[c] for _, c in members])
             y.index_add_(0, tokens, linear(linear(x_wide[tokens], a_wide) * coefficients, b_wide))

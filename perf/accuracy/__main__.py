@@ -7,18 +7,11 @@ The gate's two methods run first. Without headroom for routing the experiment st
 from __future__ import annotations
 
 import argparse
-import datetime
 import hashlib
-import json
-import os
-import platform
-import re
-import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -26,13 +19,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-import fusedmerge
-from fusedmerge.commands.accuracy import accuracy_markdown, plot_accuracy
+from fusedmerge.commands.accuracy import accuracy_markdown, accuracy_pictures
 from perf.accuracy import report
 from perf.accuracy.data import Data, build
 from perf.accuracy.methods import BACKBONE, GATE, METHODS, Method, ablations, rank_of
 from perf.accuracy.run import Job, backbone_alone, one_thread, pretrain, run
 from perf.accuracy.settings import BUILD, SETTINGS, Setting, key_of
+from perf.evidence import begin, head, write_content
 
 ROOT = Path(__file__).resolve().parents[2]
 # A change in any of these begins anew: runs of different code are never mixed.
@@ -48,7 +41,9 @@ def main() -> int:
     setting = SETTINGS[arguments.setting]
     if arguments.ablations:
         setting = replace(setting, seeds=min(3, setting.seeds))
-    header = describe(setting)
+    if (setting.device == "cuda") != torch.cuda.is_available():  # the file goes to the device's folder
+        parser.error(f"--setting {arguments.setting} is for {setting.device} (CUDA_VISIBLE_DEVICES= hides a GPU)")
+    began = begin()
     if not (setting.data.folder / "data.json").is_file():
         build(setting.data, setting.data.folder)
     data = Data(setting.data.folder)
@@ -58,7 +53,7 @@ def main() -> int:
     pretrain(setting, folder)
 
     suite = "accuracy" + arguments.setting.removeprefix("cpu").removeprefix("gpu") + ("_ablations" if arguments.ablations else "")
-    results: dict[str, Any] = {"schema": 1, "suite": suite, **header, "notices": data.notices, "cases": [], "methods": {}}
+    results: dict[str, Any] = {**head(suite, began), "notices": data.notices, "cases": [], "methods": {}}
     results["setting"] = {"text": setting.text(len(data.domains)), "domains": data.domains, "tokens": data.sizes, **asdict(setting)}
     with ProcessPoolExecutor(setting.processes, get_context("spawn"), one_thread) as pool:
         if arguments.ablations:
@@ -74,13 +69,9 @@ def main() -> int:
     order = [name for name in (BACKBONE, *METHODS, *ablations(setting)) if name in results["methods"]]
     results["methods"] = {name: results["methods"][name] for name in order}
     print(accuracy_markdown(results))
-    path = arguments.results / results["device"] / f"{suite}.json"
-    if setting.despite_gate:
-        path = folder / f"{suite}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
-    plot_accuracy(results, folder / f"{suite}.png")
-    print(f"wrote {path} and {folder / suite}.png", file=sys.stderr)
+    path = write_content(results, folder if setting.despite_gate else arguments.results)
+    pictures = accuracy_pictures(results, folder)
+    print("wrote", path, *pictures.values(), file=sys.stderr)
     return 0
 
 
@@ -135,39 +126,6 @@ def _digest(names: Iterable[str]) -> str:
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
             digest.update(file.read_bytes())
     return digest.hexdigest()
-
-
-def describe(setting: Setting) -> dict[str, Any]:
-    """The head that every results file has."""
-    gpu = setting.device == "cuda"
-    name = torch.cuda.get_device_name() if gpu else _processor()
-    packages = {package: version(package) for package in ("torch", "transformers", "tokenizers", "numpy")}
-    return {
-        "device": re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") if gpu else f"cpu-{len(os.sched_getaffinity(0))}core",
-        "processor": name,
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0") if gpu else None,
-        "versions": {"fusedmerge": fusedmerge.__version__, "python": platform.python_version(), **packages},
-        "git_commit": _output("git", "rev-parse", "HEAD"),
-        "git_dirty": bool(_output("git", "status", "--porcelain", "--untracked-files=no")),
-        "load_average_before": [round(x, 2) for x in os.getloadavg()],
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _output(*command: str) -> str | None:
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 if __name__ == "__main__":

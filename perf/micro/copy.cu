@@ -32,7 +32,7 @@ __device__ __forceinline__ void run_plain(const char* from, char* to, long long 
     unsigned sum = 0;
 #pragma unroll
     for (int j = 0; j < kUnroll; ++j) {
-        if (first < num_bytes) load_16(words[j], from + first + threadIdx.x * 16 + j * kPieceBytes);
+        if (first < num_bytes) fetch_16(words[j], from + first + threadIdx.x * 16 + j * kPieceBytes);
     }
 #pragma unroll 1
     for (long long at = first; at < num_bytes; at += stride) {
@@ -45,7 +45,7 @@ __device__ __forceinline__ void run_plain(const char* from, char* to, long long 
             } else {
                 sum += sum_words(words[j]);
             }
-            if (more) load_16(words[j], from + mine + stride + j * kPieceBytes);
+            if (more) fetch_16(words[j], from + mine + stride + j * kPieceBytes);
         }
     }
     if constexpr (!kStore) sums[blockIdx.x * kThreads + threadIdx.x] = sum;

@@ -76,7 +76,7 @@ struct Expand {
         place = p.b != nullptr && piece < p.num_experts * pieces ? piece * 8 : -1;
         if (place < 0) return;
         const long long row = static_cast<long long>(piece / pieces) * p.rows + first_row + threadIdx.x / 16;
-        load_16(words, p.b + row * p.rank + piece % pieces * 8);
+        fetch_16(words, p.b + row * p.rank + piece % pieces * 8);
     }
 
     __device__ __forceinline__ float apply(const float* z) const {
@@ -281,7 +281,7 @@ MICRO_KERNEL(kThreads) shrink(const Shrink p) {
 #pragma unroll
     for (int i = 0; i < kDepth; ++i) {
         const int col = (i * kThreads + threadIdx.x) * 8;
-        if (col < p.cols) load_16(words[i], row + col);
+        if (col < p.cols) fetch_16(words[i], row + col);
     }
     wait_previous_launch();
     float sum = 0.0f;
@@ -290,7 +290,7 @@ MICRO_KERNEL(kThreads) shrink(const Shrink p) {
         const int col = (i * kThreads + threadIdx.x) * 8;
         if (col >= p.cols) continue;
         unsigned x[4];
-        load_16(x, p.x + col);
+        fetch_16(x, p.x + col);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             float low, high, x_low, x_high;

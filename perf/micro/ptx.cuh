@@ -21,7 +21,7 @@ __device__ __forceinline__ unsigned shared_address(const void* pointer) { return
 // clang-format off: an instruction, its outputs, its inputs, each on a line
 
 // 16 bytes, without hints. Volatile: none is dropped, and loads stay in front of the stores that follow them.
-__device__ __forceinline__ void load_16(unsigned (&words)[4], const void* global) {
+__device__ __forceinline__ void fetch_16(unsigned (&words)[4], const void* global) {
     asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
                  : "l"(global)

@@ -90,7 +90,7 @@ class Recorder:
 class Truth(Apply):
     """Each token's own effective weights W + sum g s B A, one token after the other: nothing shared with the strategies."""
 
-    def start(self, tokens):
+    def start(self, tokens, cache):
         self.chosen = {}
 
     def _route(self, router, x):

@@ -100,7 +100,10 @@ def choose(logits, k, gating):
 
 
 class Mixture(Plain):
-    """y = W x + b + sum_j gate_j s_j B_j A_j x with the choices of `choices(name, x)`. experts: {linear: (A [N,r,in], B [N,out,r], s [N])}."""
+    """y = W x + b + sum_j gate_j s_j B_j A_j x with the choices of `choices`.
+
+    experts: {linear: (A [N, r, in], B [N, out, r], s [N])}.
+    """
 
     def __init__(self, experts, routers, k, gating):
         self.experts, self.routers, self.k, self.gating = experts, routers, k, gating

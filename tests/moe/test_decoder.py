@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from fusedmerge.errors import DtypeError, FormatError, FusedMergeError, InvalidValueError, MissingFileError, ShapeError, StateError
 from fusedmerge.moe.decoder import Cache, Decoder
+from fusedmerge.moe.decoder_files import DecoderConfig
 from fusedmerge.moe.session import DecoderSession
 from tests.moe.decoder_kit import forced, make_experts, relative, write_model
 
@@ -97,6 +98,24 @@ def test_a_sharded_checkpoint_and_a_dtype(tmp_path, llama):
     tokens = random_tokens(1, 5)
     wide = Decoder.from_pretrained(tmp_path, dtype=torch.float32)
     assert torch.equal(wide.logits(tokens, strategy="backbone"), whole.to(torch.float32).logits(tokens, strategy="backbone"))
+
+
+def test_older_configurations_mean_the_same(llama):
+    """transformers 4 wrote rope_theta and rope_scaling, torch_dtype, and no layer_types."""
+    config = json.loads((llama[1] / "config.json").read_text())
+    plain = {name: value for name, value in config.items() if name not in ("rope_parameters", "dtype", "head_dim")}
+    for old, new in (
+        ({"rope_theta": 5e5}, {"rope_theta": 5e5, "rope_type": "default"}),
+        ({"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}, {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}),
+        ({"rope_theta": 5e5, "rope_scaling": LLAMA3}, {"rope_theta": 5e5, **LLAMA3}),
+    ):
+        before, now = DecoderConfig.of({**plain, **old}), DecoderConfig.of({**config, "rope_parameters": new})
+        assert torch.equal(before.inverse_frequencies(), now.inverse_frequencies())
+        assert before.shapes() == now.shapes()
+    qwen = {**plain, "model_type": "qwen2", "architectures": None, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+    assert DecoderConfig.of(qwen).windows == (None, 4)
+    assert DecoderConfig.of({**qwen, "use_sliding_window": False}).windows == (None, None)
+    assert DecoderConfig.of({**plain, "sliding_window": 4}).windows == (None, None)  # Llama knows none
 
 
 def test_packed_weights_are_slices_of_one_matrix(llama):

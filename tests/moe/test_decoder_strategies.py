@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
@@ -16,6 +17,7 @@ from fusedmerge.moe import strategies
 from fusedmerge.moe.decoder import Decoder
 from fusedmerge.moe.experts import ExpertSet
 from fusedmerge.moe.session import DecoderSession
+from fusedmerge.ops import library
 from tests.kit import bits
 from tests.moe.decoder_kit import Recorder, forced, make_experts, relative, truth_logits, write_model
 
@@ -244,3 +246,31 @@ def test_capture_and_replay(directory, monkeypatch, strategy):
         found += [session.step(tokens[:, t]).clone() for t in range(5, 20)]
         assert session._graph._graph.replays == 15
     assert torch.equal(torch.stack(found, dim=1), expected)
+
+
+@pytest.mark.parametrize(
+    ("method", "strategy"), [("lora_switch", "merged"), ("lora_switch", "fused"), ("mola", "fused"), ("mixlora", "fused")]
+)
+def test_on_the_kernels_of_the_simulator(tmp_path, sim_library, monkeypatch, method, strategy):
+    """A prompt of 17 tokens (SGMV), then steps of one (the fused GEMV, or the switch kernel), through the CUDA sources."""
+    write_model(tmp_path, dtype=torch.bfloat16, num_hidden_layers=1)
+    decoder = Decoder.from_pretrained(tmp_path)
+    tokens = torch.randint(0, 67, (1, 20), generator=torch.Generator().manual_seed(1))
+    plain = truth_logits(decoder, None, tokens)[:, 16:]
+    rounding = relative(forced(decoder, "backbone", tokens, 17), plain)
+    recorder = Recorder(make_experts(decoder, method))
+    decoder.experts = recorder.experts
+    monkeypatch.setenv("FUSEDMERGE_SIM_LIB", sim_library)
+    monkeypatch.setenv("FUSEDMERGE_BACKEND", "sim")
+    calls = Counter()
+    for name in ("decode_linear", "group_tokens", "add_adapters"):
+        kernel = getattr(library, name)
+        monkeypatch.setattr(library, name, lambda *args, name=name, kernel=kernel: (calls.update([name]), kernel(*args))[1])
+    logits = forced(decoder, strategy, tokens, 17)
+    assert calls["add_adapters"] == 7  # linears
+    assert calls["decode_linear"] == (0 if strategy == "merged" else 3 * 7)
+    assert calls["group_tokens"] == {"lora_switch": 1, "mola": 7, "mixlora": 2}[method]  # mixlora: attention, and the MLP
+    exact = truth_logits(decoder, recorder.played_back(recorder.experts), tokens)[:, 16:]
+    error = relative(logits, exact)
+    assert error.max() < 3 * rounding.max()
+    assert relative(plain, exact).min() > 2 * error.max()

@@ -129,7 +129,7 @@ def test_a_seed_gives_the_same_model_and_leaves_the_global_generator_alone():
     untouched = torch.rand(3)
     for method in ("lora_switch", "mola", "mixlora", "pesc", "xlora", "moral"):
         torch.manual_seed(7)
-        models = [fm.moe.inject(tiny(), config(method), seed) for seed in (5, 5, 6)]
+        models = [fm.moe.inject(tiny(attention_dropout=0.5).train(), config(method), seed) for seed in (5, 5, 6)]
         assert torch.equal(torch.rand(3), untouched), method
         a, b, c = ({name: p for name, p in model.named_parameters() if p.requires_grad} for model in models)
         assert all(torch.equal(a[name], b[name]) for name in a)
@@ -175,8 +175,11 @@ def test_a_router_without_a_width_yet_is_trained_by_the_optimiser_that_holds_it(
     router = fm.moe.structure(model).routers["router"]
     assert router.in_features is None
     optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with torch.inference_mode():
+        model(torch.randn(9, 6))
     model(torch.randn(9, 6)).square().sum().backward()
     before = router.weight.detach().clone()
+    assert not router.weight.is_inference()
     optimiser.step()
     assert not torch.equal(before, router.weight)
 
@@ -184,7 +187,7 @@ def test_a_router_without_a_width_yet_is_trained_by_the_optimiser_that_holds_it(
 def test_a_model_whose_order_changes_is_noticed():
     model = fm.moe.inject(Backwards(), config(), 4)
     model(torch.randn(9, 6))
-    model.forward = model.second
+    model.forward = lambda x: model.second(torch.tanh(x))
     with pytest.raises(StateError, match="expected first to run first"):
         model(torch.randn(9, 5))
 
@@ -217,6 +220,46 @@ def test_a_sequential_and_a_bias():
 
     expected = lora(second, *weights[2:], np.tanh(lora(first, *weights[:2], float64(x))))
     np.testing.assert_allclose(float64(model(x)), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_transformers_model_that_reads_no_tokens():
+    from transformers import ViTConfig, ViTModel
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12, "image_size": 8, "patch_size": 4}
+    torch.manual_seed(0)
+    model = fm.moe.inject(ViTModel(ViTConfig(**sizes), add_pooling_layer=False).eval(), config())
+    made = fm.moe.structure(model)
+    pixels = torch.randn(2, 3, 8, 8)
+    with made.recording() as records:
+        model(pixel_values=pixels)
+    (place,) = made.places.values()
+    assert ".0." in place
+    assert records[0].ids.shape == (2, 5, 2)  # four patches and [CLS]
+    with pytest.raises(StateError, match="token_table"):
+        fm.moe.token_table(model)
+
+
+def test_torchs_own_encoder_does_not_bypass_its_adapters():
+    """In evaluation it would compute with the weights, and never call the linears."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    x, padding = torch.randn(2, 4, 8), torch.tensor([[False] * 4, [False, False, True, True]])
+    with torch.no_grad():
+        plain = model(x, src_key_padding_mask=padding)
+    fm.moe.inject(model, config("mola"))
+    assert {name.split(".")[2] for name in fm.moe.structure(model).linears} == {"linear1", "linear2"}
+    with torch.no_grad():
+        fast = model(x, src_key_padding_mask=padding)
+    slow = model(x, src_key_padding_mask=padding)
+    kept = ~padding
+    assert torch.equal(fast[kept], slow[kept]) and not torch.allclose(slow[kept], plain[kept], atol=0.05)
+    fm.moe.eject(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, src_key_padding_mask=padding)[kept], plain[kept])
+        assert layer.activation_relu_or_gelu and model.use_nested_tensor
+    with pytest.raises(InvalidTypeError, match="NonDynamicallyQuantizableLinear"):
+        fm.moe.inject(model, config("mola", target_modules=["out_proj"]))
 
 
 BAD_CONFIGS = [
@@ -257,7 +300,7 @@ def test_a_configuration_that_cannot_be_is_refused(fields, error, match):
 
 def quantised():
     class Params4bit(nn.Parameter):
-        pass
+        """bitsandbytes' is told by its name."""
 
     model = tiny()
     layer = model.model.layers[1].mlp.up_proj
@@ -304,7 +347,8 @@ BAD_MODELS = [
     (peft_model, {}, StateError, "no adapter wraps"),
     (quantised, {}, DtypeError, "up_proj: expected a plain floating-point weight"),
     (lambda: tiny().to("meta"), {}, DeviceError, "meta"),
-    (with_forward_of_its_own, {}, InvalidTypeError, "a forward of its own"),
+    (with_forward_of_its_own, {}, InvalidTypeError, "Scaled"),
+    (lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))), {}, InvalidTypeError, "a weight of its own"),
 ]
 
 
@@ -341,3 +385,16 @@ def test_tokens_that_do_not_match_the_routing():
     model = fm.moe.inject(Pooled(), config())
     with pytest.raises(ShapeError, match=r"sample: expected the \[3, 5\] tokens that were routed, got \[3\]"):
         model(torch.randn(3, 5, 4))
+
+
+def test_the_package_and_a_configuration_need_no_torch():
+    import subprocess
+    import sys
+
+    code = "import sys, fusedmerge as fm; fm.moe.LoRAMoEConfig(); assert 'torch' not in sys.modules; print(fm.moe.inject.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "inject\n" and "structure" in dir(fm.moe)
+    import fusedmerge.moe.inject
+    import fusedmerge.moe.structure
+
+    assert callable(fm.moe.inject) and callable(fm.moe.structure) and callable(fusedmerge.moe.inject)

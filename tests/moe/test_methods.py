@@ -109,6 +109,15 @@ def test_the_key_value_cache_changes_nothing():
         torch.testing.assert_close(torch.cat(rest, 1), whole, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["lora_switch", "mola", "xlora"])
+def test_transformers_own_generate(method):
+    model, ids = adapted(method), tokens(2, 4)
+    got = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
+    for _ in range(5):
+        ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(got, ids)
+
+
 def test_dropout_is_the_experts_only_and_only_in_training():
     ids = tokens()
     for method in ("lora_switch", "pesc", "mixlora"):

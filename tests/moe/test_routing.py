@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import threading
 
 import numpy as np
@@ -210,10 +211,11 @@ def test_an_exception_inside_a_forward_leaves_nothing_behind():
     assert torch.equal(model(ids).logits, expected)
 
 
-def test_a_copy_of_a_model_is_a_model_of_its_own():
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_a_model_is_a_model_of_its_own(make):
     model, ids = adapted(), tokens()
     expected = model(ids).logits  # with a graph, which no copy takes along
-    twin = copy.deepcopy(model)
+    twin = make(model)
     with torch.no_grad():
         for part in fm.moe.structure(model).linears.values():
             part.lora_B.zero_()
@@ -222,6 +224,9 @@ def test_a_copy_of_a_model_is_a_model_of_its_own():
     assert fm.moe.structure(twin).model is twin
     with fm.moe.structure(model).suspended():
         assert torch.equal(twin(ids).logits, expected)
+    fm.moe.eject(twin)
+    assert all(parameter.requires_grad for parameter in twin.parameters())
+    assert not model.lm_head.weight.requires_grad and torch.equal(twin(ids).logits, tiny()(ids).logits)
 
 
 def test_a_part_of_the_model_called_by_itself():
@@ -329,7 +334,7 @@ def test_the_localized_balance_constraint_of_loramoe():
     ]
     assert float(fm.moe.aux_loss(model)) == pytest.approx(np.mean(expected), rel=1e-5)
     with made.task_types(types[:2]), pytest.raises(ShapeError, match="task_types"):
-        model(ids)
+        model(ids, labels=ids)
 
 
 def test_transformers_own_mixtral_loss_agrees(rng):

@@ -116,7 +116,7 @@ def truth(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     return total, size
 
 
-def check(batch: Batch, y: torch.Tensor, *, slack: float = 2.0**-18, share: float | None = None) -> None:
+def check(batch: Batch, y: torch.Tensor, *, slack: float = 2.0**-21, share: float | None = None) -> None:
     """Half an ulp + slack * S, and almost everywhere the rounded truth."""
     exact, size = truth(batch)
     name = str(batch.y.dtype).removeprefix("torch.")

@@ -52,6 +52,7 @@ PROTOCOL = [
     ("selection.cuh", "if (!block_any(differs)) return false;", "block_any(differs);", "an unchanged selection is applied again"),
     ("switch.cuh", "finish_selection(selection, params);", "", "nobody takes a ticket"),
     ("switch_mma.cuh", "if (ratio != 1.0f) rescale(ratio);", "", "experts share one coefficient"),
+    ("products.cuh", "multiply_accumulate(acc[i][n]", "multiply_accumulate(acc[0][n]", "a warp adds in one chain, not two"),
     ("gemv.cuh", "(again, stage)", "(walk, stage)", "the ring starts with x of other steps"),
     ("gemv.cuh", "stage == 0 ? kStages - 1 : stage - 1", "stage", "a step is fetched into another step's stage"),
     ("group.cuh", "if (ids[i] == id) return 0.0f;", "", "a token's equal ids are pairs of their own"),

@@ -231,8 +231,8 @@ struct Gemv {
         float gate = memory.routing.gates[token][slot];
         float coefficient = target.scaling != nullptr ? multiply(gate, target.scaling[id]) : gate;
         float values[8], z[8];
-        widen_octet(values, octet, 1.0f);
         load_z(z, target, token, params.router != nullptr ? id : slot, rank);
+        widen_octet(values, octet, 1.0f);
         FM_UNROLL
         for (int i = 0; i < 8; ++i) values[i] = multiply(values[i], z[i]);
         sum = fused_multiply_add(coefficient, sum_eight(values), sum);

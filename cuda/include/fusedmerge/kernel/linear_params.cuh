@@ -15,11 +15,12 @@ constexpr int kZPitchStep = 8;    // z's ranks are padded to a multiple of this 
 // Where every row begins at a multiple of 16 bytes. Bits of LinearTarget::flags, of LinearParams::flags and of RouteParams::flags.
 enum TargetFlags { kTargetWeightAligned = 1, kTargetAAligned = 2, kTargetBAligned = 4 };
 enum SourceFlags { kXAligned = 1, kInputAligned = 2, kSecondAligned = 4, kNormAligned = 8, kSumAligned = 16, kRouterAligned = 32 };
+constexpr int kRouterWide = 64;  // beside them: the router is float32
 
 // The argument of `route`.
 struct RouteParams {
     const void* x;            // [T, in]
-    const void* router;       // [N, in]
+    const void* router;       // [N, in], of x's type or float32
     const int* mask;          // [T]; 0 = padding; null = no padding
     int* ids;                 // [T, k], written
     float* gates;             // [T, k], written
@@ -29,7 +30,7 @@ struct RouteParams {
     int num_adapters;         // N
     int num_slots;            // k, at most kMaxSlots
     int normalize;            // softmax over the top k (k > 1), not over all N
-    int flags;                // kXAligned, kRouterAligned
+    int flags;                // kXAligned, kRouterAligned, kRouterWide
     int reserved;
 };
 
@@ -75,7 +76,7 @@ struct LinearParams {
     void* sum;                // [T, in], written: the residual stream; null = not wanted. Not input, nor second
     int* ids;                 // [T, k]: read, or written where there is a router; -1 = empty slot
     float* gates;             // [T, k]: read, or written where there is a router
-    const void* router;       // [N, in]; null = ids and gates are known
+    const void* router;       // [N, in], of x's type or float32; null = ids and gates are known
     float* logits;            // [T, N], workspace of a router
     long long x_stride;       // between tokens
     long long input_stride;

@@ -11,7 +11,6 @@
 #define FM_KERNEL_OF(threads, blocks) __global__ void __launch_bounds__(threads, blocks)  // blocks on a multiprocessor at once
 #define FM_UNROLL _Pragma("unroll")
 #define FM_NO_UNROLL _Pragma("unroll 1")
-#define FM_UNROLL_2 _Pragma("unroll 2")
 #define FM_UNROLL_4 _Pragma("unroll 4")
 #define FM_PTX(device, host) device
 #if __CUDA_ARCH__ >= 900
@@ -55,7 +54,6 @@ FM_DEVICE unsigned float_to_bits(float x) { return __float_as_uint(x); }
 #define FM_KERNEL_OF(threads, blocks) void
 #define FM_UNROLL
 #define FM_NO_UNROLL
-#define FM_UNROLL_2
 #define FM_UNROLL_4
 #define FM_PTX(device, host) host
 #define FM_PTX_90(device, host) host

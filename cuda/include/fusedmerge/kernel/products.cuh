@@ -73,15 +73,15 @@ struct Routing {
     // Block-wide; false: no slot is used. Where there is a router, the prologue's logits tell.
     FM_DEVICE bool find(const LinearParams& params) { return params.router != nullptr ? choose_all(params) : read(params); }
 
-    // An id outside [-1, N) becomes a gate of NaN: nothing out of bounds is read, and the token's y tells.
+    // An id outside [0, N) is an empty slot: nothing out of bounds is read.
     FM_DEVICE bool read(const LinearParams& params) {
         bool used = false;
         for (int i = thread_index(); i < 8 * kTokenTiles * params.num_slots; i += kThreads) {
             int id = i < params.tokens * params.num_slots ? params.ids[i] : -1;
-            bool valid = id >= -1 && id < params.num_adapters;
-            ids[i / params.num_slots][i % params.num_slots] = valid ? id : 0;
-            gates[i / params.num_slots][i % params.num_slots] = !valid ? bits_to_float(0x7fffffffu) : id >= 0 ? params.gates[i] : 0.0f;
-            used |= id != -1;
+            bool valid = id >= 0 && id < params.num_adapters;
+            ids[i / params.num_slots][i % params.num_slots] = valid ? id : -1;
+            gates[i / params.num_slots][i % params.num_slots] = valid ? params.gates[i] : 0.0f;
+            used |= valid;
         }
         return block_any(used);
     }

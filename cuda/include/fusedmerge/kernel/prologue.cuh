@@ -174,10 +174,10 @@ struct Prologue {
     // This block's share of the logits, from the last block on: the first ones have units.
     FM_DEVICE void write_logits() const {
         for (int n = (grid_size() - 1 - block_index()) * kWarps + warp; n < params.num_adapters; n += grid_size() * kWarps) {
-            const T* row = static_cast<const T*>(params.router) + n * params.router_stride;
+            const RouterRow<T> row(params.router, params.router_stride, n, params.cols, params.flags);
             for (int token = 0; token < params.tokens; ++token) {
                 auto load_x = [&](Octet<T>& octet, int col) { source.load(octet, token, col); };
-                float logit = router_logit(load_x, row, params.cols, (params.flags & kRouterAligned) != 0);
+                float logit = router_logit(load_x, row);
                 if (lane == 0) params.logits[token * params.num_adapters + n] = logit;
             }
         }

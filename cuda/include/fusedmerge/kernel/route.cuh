@@ -3,7 +3,7 @@
 //   ids[t], gates[t] = the k largest of router x[t], descending, ties to the lower index; softmax over them, or over all N     float32
 //
 //   | x      | [T, in]  | bf16, fp16       | read once                     |
-//   | router | [N, in]  | x's              | read by every block, from L2  |
+//   | router | [N, in]  | x's, or float32  | read by every block, from L2  |
 //   | mask   | [T]      | int32, or absent | a token with 0 gets ids -1    |
 //   | ids    | [T, k]   | int32            | written                       |
 //   | gates  | [T, k]   | float32          | written                       |
@@ -35,18 +35,52 @@ FM_DEVICE float warp_sum(float x) {
 
 FM_DEVICE float sum_eight(const float (&x)[8]) { return add(add(add(x[0], x[1]), add(x[2], x[3])), add(add(x[4], x[5]), add(x[6], x[7]))); }
 
+// One adapter's row of a router, of x's type or float32 (kRouterWide).
+template <class T>
+struct RouterRow {
+    const void* at;  // [in]
+    int cols;        // in
+    int flags;       // SourceFlags
+
+    FM_DEVICE RouterRow(const void* router, long long stride, int adapter, int num_cols, int f)
+        : at(static_cast<const char*>(router) + adapter * stride * ((f & kRouterWide) != 0 ? 4 : 2)), cols(num_cols), flags(f) {}
+
+    FM_DEVICE void load(float (&values)[8], int col) const {
+        const bool aligned = (flags & kRouterAligned) != 0;
+        if ((flags & kRouterWide) != 0) {
+            load_floats(values, static_cast<const float*>(at) + col, cols - col, aligned);
+        } else {
+            Octet<T> octet;
+            load_octet(octet, static_cast<const T*>(at) + col, cols - col, aligned);
+            widen_octet(values, octet, 1.0f);
+        }
+    }
+
+    FM_DEVICE static void load_floats(float (&values)[8], const float* from, int count, bool aligned) {
+        if (aligned && count >= 8) {
+            unsigned words[8];
+            load_16(words, from);
+            load_16(words + 4, from + 4);
+            FM_UNROLL
+            for (int i = 0; i < 8; ++i) values[i] = bits_to_float(words[i]);
+        } else {
+            FM_UNROLL
+            for (int i = 0; i < 8; ++i) values[i] = i < count ? from[i] : 0.0f;
+        }
+    }
+};
+
 // Warp-wide: x row, in every lane.
 template <class T, class LoadX>
-FM_DEVICE float router_logit(LoadX load_x, const T* row, int cols, bool row_aligned) {
+FM_DEVICE float router_logit(LoadX load_x, const RouterRow<T>& row) {
     float acc[8] = {};
     FM_UNROLL_4
-    for (int col = 8 * (thread_index() % kWarpLanes); col < cols; col += 8 * kWarpLanes) {
-        Octet<T> octets[2];
+    for (int col = 8 * (thread_index() % kWarpLanes); col < row.cols; col += 8 * kWarpLanes) {
+        Octet<T> octet;
         float x[8], w[8];
-        load_x(octets[0], col);
-        load_octet(octets[1], row + col, cols - col, row_aligned);
-        widen_octet(x, octets[0], 1.0f);
-        widen_octet(w, octets[1], 1.0f);
+        load_x(octet, col);
+        row.load(w, col);
+        widen_octet(x, octet, 1.0f);
         FM_UNROLL
         for (int i = 0; i < 8; ++i) acc[i] = fused_multiply_add(x[i], w[i], acc[i]);
     }
@@ -115,8 +149,8 @@ FM_DEVICE void run_route(const RouteParams& params) {
     const T* x = static_cast<const T*>(params.x) + token * params.x_stride;
     for (int n = warp; real && n < params.num_adapters; n += kWarps) {
         auto load_x = [&](Octet<T>& octet, int col) { load_octet(octet, x + col, params.cols - col, (params.flags & kXAligned) != 0); };
-        const T* row = static_cast<const T*>(params.router) + n * params.router_stride;
-        float logit = router_logit(load_x, row, params.cols, (params.flags & kRouterAligned) != 0);
+        const RouterRow<T> row(params.router, params.router_stride, n, params.cols, params.flags);
+        float logit = router_logit(load_x, row);
         if (thread_index() % kWarpLanes == 0) logits[n] = logit;
     }
     block_barrier();  // all logits are in shared memory

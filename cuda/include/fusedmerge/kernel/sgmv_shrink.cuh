@@ -26,6 +26,12 @@ struct ShrinkWarp {
     static constexpr int kTiles = kShrinkRanks / 16;
     static constexpr int kHalves = kShrinkPairs / 8;
 
+    // A lane's octets of 32 columns.
+    struct Columns {
+        Octet<Number> a[kTiles][2];  // [16 ranks][upper half]
+        Octet<Number> x[kHalves];
+    };
+
     const SgmvParams& params;
     const SgmvTarget& target;
     const ShrinkGroup group;
@@ -79,14 +85,25 @@ struct ShrinkWarp {
         }
     }
 
+    // Whole steps of 32 columns, each loaded while the one before is multiplied; then what is left, or all of it where rows are not
+    // aligned.
     FM_DEVICE void multiply_part(int col) {
         const int end = params.cols - col < kPartCols ? params.cols : col + kPartCols;
-        if (aligned) {
-            FM_UNROLL_2
-            for (; col + 32 <= end; col += 32) multiply_columns<true>(col);
+        const int num_steps = aligned ? (end - col) / 32 : 0;
+        Columns steps[2];
+        if (num_steps > 0) load<true>(steps[0], col);
+        FM_NO_UNROLL
+        for (int i = 0; i < num_steps; i += 2) {
+            if (i + 1 < num_steps) load<true>(steps[1], col + 32 * i + 32);
+            multiply(steps[0]);
+            if (i + 2 < num_steps) load<true>(steps[0], col + 32 * i + 64);
+            if (i + 1 < num_steps) multiply(steps[1]);
         }
         FM_NO_UNROLL
-        for (; col < end; col += 32) multiply_columns<false>(col);
+        for (col += 32 * num_steps; col < end; col += 32) {
+            load<false>(steps[0], col);
+            multiply(steps[0]);
+        }
     }
 
     template <bool kWhole>
@@ -98,24 +115,26 @@ struct ShrinkWarp {
         }
     }
 
-    // 32 columns from `col` on.
     template <bool kWhole>
-    FM_DEVICE void multiply_columns(int col) {
-        Octet<Number> a[kTiles][2], x[kHalves];
+    FM_DEVICE void load(Columns& columns, int col) {
         FM_UNROLL
         for (int i = 0; i < 2 * kTiles; ++i) {
-            if (i / 2 < num_tiles) load<kWhole>(a[i / 2][i % 2], a_rows[i / 2][i % 2], col);
+            if (i / 2 < num_tiles) load<kWhole>(columns.a[i / 2][i % 2], a_rows[i / 2][i % 2], col);
         }
         FM_UNROLL
-        for (int h = 0; h < kHalves; ++h) load<kWhole>(x[h], x_rows[h], col);
+        for (int h = 0; h < kHalves; ++h) load<kWhole>(columns.x[h], x_rows[h], col);
+    }
+
+    FM_DEVICE void multiply(const Columns& columns) {
         FM_UNROLL
         for (int i = 0; i < 2 * kTiles * kHalves; ++i) {
             const int tile = i / (2 * kHalves), half = i / 2 % kHalves, word = i % 2 * 2;
             if (tile >= num_tiles || 8 * half >= group.count) continue;
-            const unsigned (&low)[4] = a[tile][0].words;
-            const unsigned (&high)[4] = a[tile][1].words;
-            multiply_accumulate(chain[tile][half], {low[word], high[word], low[word + 1], high[word + 1]},
-                                {x[half].words[word], x[half].words[word + 1]}, Number{});
+            const unsigned (&low)[4] = columns.a[tile][0].words;
+            const unsigned (&high)[4] = columns.a[tile][1].words;
+            const unsigned (&x)[4] = columns.x[half].words;
+            multiply_accumulate(chain[tile][half], {low[word], high[word], low[word + 1], high[word + 1]}, {x[word], x[word + 1]},
+                                Number{});
         }
     }
 
