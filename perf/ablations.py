@@ -23,7 +23,7 @@ from fusedmerge.moe.session import DecoderSession
 from fusedmerge.moe.strategies import Fused, one_route
 from perf import model
 from perf.backbones import LLAMA_2_7B
-from perf.decoding import EXPERTS, TOP_K, Row, Workbench, decoding, lengths, queries, step_cost
+from perf.decoding import EXPERTS, TOP_K, Row, Workbench, decoding, lengths, queries, step_cost, workbench
 from perf.evidence import Suite
 from perf.model import Ceilings
 from perf.timing import device, median_ratio
@@ -52,7 +52,7 @@ SWEEPS = [
 
 @pytest.fixture(scope="module")
 def bench() -> Workbench:
-    return Workbench(BACKBONE, WHERE)
+    return workbench(BACKBONE, WHERE)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -22,7 +22,7 @@ from perf.timing import in_turn
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["EXPERTS", "TOP_K", "Query", "Row", "Workbench", "decoding", "lengths", "queries", "step_cost"]
+__all__ = ["EXPERTS", "TOP_K", "Query", "Row", "Workbench", "decoding", "lengths", "queries", "step_cost", "workbench"]
 
 EXPERTS, TOP_K, DELTA = 8, 2, 0.07
 CHECKED_PROMPT, CHECKED_TOKENS = 12, 6
@@ -154,6 +154,17 @@ def step_cost(backbone: Backbone, row: Row, context: int) -> Cost | None:
     if row.strategy == "merged" and "target_modules" not in row.config:
         return plain + model.switch_exact(backbone.shapes, row.r, row.top_k)
     return None
+
+
+def workbench(backbone: Backbone, where: torch.device) -> Workbench:
+    """A Workbench; skips the test where the GPU's memory does not hold both models, packed, a pristine copy and experts."""
+    import pytest
+    import torch
+
+    needed = 10 * (backbone.adapted + 2 * backbone.head)
+    if where.type == "cuda" and needed > torch.cuda.mem_get_info()[0]:
+        pytest.skip(f"{needed / 1e9:.0f} GB are needed, {torch.cuda.mem_get_info()[0] / 1e9:.0f} GB are free")
+    return Workbench(backbone, where)
 
 
 # ---------------------------------------------------------------------- queries

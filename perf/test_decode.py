@@ -22,7 +22,7 @@ from fusedmerge.commands.demo_decode import errors
 from fusedmerge.moe.auto import choose
 from perf import model
 from perf.backbones import LLAMA_2_7B
-from perf.decoding import EXPERTS, TOP_K, Query, Row, Workbench, decoding, lengths, queries, step_cost
+from perf.decoding import EXPERTS, TOP_K, Query, Row, Workbench, decoding, lengths, queries, step_cost, workbench
 from perf.evidence import Suite
 from perf.model import Ceilings
 from perf.timing import device, in_turn, median_ratio
@@ -72,11 +72,13 @@ ROWS = [*CAPTURED, *OURS, UNPACKED, *TRANSFORMERS]
 
 
 @pytest.fixture(scope="module")
-def bench() -> Iterator[Workbench]:
-    needed = 5 * 2 * (BACKBONE.adapted + 2 * BACKBONE.head)
-    if GPU and needed > torch.cuda.mem_get_info()[0]:
-        pytest.skip(f"{needed / 1e9:.0f} GB are needed, {torch.cuda.mem_get_info()[0] / 1e9:.0f} GB are free")
-    yield Workbench(BACKBONE, WHERE)
+def bench() -> Workbench:
+    return workbench(BACKBONE, WHERE)
+
+
+@pytest.fixture(autouse=True)
+def _free() -> Iterator[None]:
+    yield
     gc.collect()
     if GPU:
         torch.cuda.empty_cache()
@@ -129,19 +131,17 @@ def test_batch(benchmark: Any, suite: Suite, ceilings: Ceilings, rounds: int, be
     most = 40  # rounds, and those that are not counted
     tokens = bench.tokens(batch, 4 + most, seed=batch)
     check_batch(bench.exact(), rows["fused"], batch)
-    opened = {title: run.open(tokens.shape[1], batch) for title, run in runs.items()}
-    for session in opened.values():
-        session.prefill(tokens[:, :4], None)
-    samples = in_turn(
-        benchmark, {title: lambda number, s=session: s.step(tokens[:, 4 + number]) for title, session in opened.items()}, WHERE,
-        min(rounds, most - 4), SECONDS,
-    )  # fmt: skip
+    with ExitStack() as stack:
+        opened = {title: stack.enter_context(run.open(tokens.shape[1], batch)) for title, run in runs.items()}
+        for session in opened.values():
+            session.prefill(tokens[:, :4], None)
+        calls = {title: lambda number, s=session: s.step(tokens[:, 4 + number]) for title, session in opened.items()}
+        samples = in_turn(benchmark, calls, WHERE, min(rounds, most - 4), SECONDS)
     costs = {
         "fused": model.fused_step(BACKBONE, 16, EXPERTS, TOP_K, batch, tokens.shape[1]),
         "backbone": model.backbone_step(BACKBONE, batch, tokens.shape[1]),
     }
-    for title, session in opened.items():
-        session.close()
+    for title in rows:
         known = {"predicted_ms": 1e3 * model.seconds(costs[title], ceilings), "bytes": costs[title].bytes} if title in costs else {}
         suite.record(
             f"{title}, batch {batch}", "a step against the batch, differing routes", f"{title}, batch {batch}", samples[title], x=batch,

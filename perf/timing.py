@@ -169,7 +169,11 @@ def chained(calls: Mapping[str, Callable[[int], Any]], sets: int, where: torch.d
     count = max(LEAST_CHAIN, sets)
 
     def chain(call: Callable[[int], Any]) -> Callable[[int], Any]:
-        replay = replayed(lambda: [call(number) for number in range(count)])
+        def every() -> None:
+            for number in range(count):
+                call(number)
+
+        replay = replayed(every)
         return lambda _: replay()
 
     return {name: chain(call) for name, call in calls.items()}, count

@@ -381,6 +381,16 @@ def test_lengths_of_prompts(tmp_path):
 # ---------------------------------------------------------------------- around them
 
 
+@pytest.mark.parametrize(("sets", "count"), [(3, 16), (20, 20)])
+def test_a_graph_holds_a_call_for_each_set_of_buffers(monkeypatch, sets, count):
+    monkeypatch.setattr(timing, "replayed", lambda call: call)
+    seen = []
+    chains, found = timing.chained({"a": seen.append}, sets, types.SimpleNamespace(type="cuda"))
+    chains["a"](7)
+    assert found == count and seen == list(range(count))
+    assert timing.chained({"a": seen.append}, sets, CPU)[1] == 1
+
+
 def test_tables_of_these_suites():
     suite = Suite("decode")
     more = {"counted_launches": 7, "memory_bytes": 5e9, "error": {"max_error": 0.1, "of_backbone": 1.25}, "compared_to": "backbone"}

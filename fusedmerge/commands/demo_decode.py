@@ -219,8 +219,8 @@ def _recorded(routers: Mapping[str, Any]) -> Iterator[dict[str, list[Any]]]:
     found: dict[str, list[Any]] = {name: [] for name in routers}
 
     def recording(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def call(x: torch.Tensor) -> Any:
-            found[name].append(forward(x))
+        def call(*given: Any) -> Any:
+            found[name].append(forward(*given))
             return found[name][-1]
 
         return call
@@ -244,7 +244,7 @@ def _played_back(routers: Mapping[str, Any], found: Mapping[str, Sequence[Any]])
         return tuple(join(parts) for parts in zip(*calls, strict=True))
 
     routes = {name: join(calls) for name, calls in found.items()}
-    with _replaced({name: (lambda _, name=name: routes[name]) for name in routers}, routers):
+    with _replaced({name: (lambda *_, name=name: routes[name]) for name in routers}, routers):
         yield
 
 
