@@ -21,8 +21,8 @@ import fusedmerge as fm
 from fusedmerge.commands.demo_decode import errors
 from fusedmerge.moe.auto import choose
 from perf import model
-from perf.backbones import LLAMA_2_7B
-from perf.decoding import EXPERTS, TOP_K, Query, Row, Workbench, decoding, lengths, queries, step_cost, workbench
+from perf.backbones import LLAMA_2_7B, LLAMA_3_8B, LLAMA_70B_LAYER, MISTRAL_7B, Backbone
+from perf.decoding import EXPERTS, TOP_K, WORST_ERROR, Query, Row, Workbench, decoding, lengths, queries, step_cost, workbench
 from perf.evidence import Suite
 from perf.model import Ceilings
 from perf.timing import device, in_turn, median_ratio
@@ -33,6 +33,12 @@ GPU = WHERE.type == "cuda"
 BACKBONE = LLAMA_2_7B if GPU else LLAMA_2_7B.scaled(384, 4)
 QUERIES, LONGEST, NEW_TOKENS = (50, 1024, 16) if GPU else (50, 48, 6)
 SECONDS = 0.4  # of rounds per row
+PROMPTS = (512, 2048, 8192) if GPU else (32, 128)
+OTHERS = (
+    (LLAMA_3_8B, MISTRAL_7B, LLAMA_70B_LAYER)
+    if GPU
+    else (LLAMA_3_8B.scaled(512, 2), MISTRAL_7B.scaled(512, 2), LLAMA_70B_LAYER.scaled(1024, 1))
+)
 BATCHES = (1, 2, 4, 8, 16, 32, 64) if GPU else (1, 4, 16, 64)
 LIFETIMES = (1, 4, 16, 64, 256) if GPU else (1, 4, 16, 64)
 CLASSES = 16  # mixtures of the table
@@ -68,7 +74,8 @@ TRANSFORMERS = [
     )
 ]
 CAPTURED = [replace(row, capture=True) for row in (*OURS, UNPACKED)] if GPU else []
-ROWS = [*CAPTURED, *OURS, UNPACKED, *TRANSFORMERS]
+EAGER = [row for row in OURS if not GPU or row.strategy not in ("fused", "auto") or row.title == "token-wise, fused"]
+ROWS = [*CAPTURED, *EAGER, UNPACKED, *TRANSFORMERS]
 
 
 @pytest.fixture(scope="module")
@@ -105,22 +112,65 @@ def test_row(
     benchmark: Any, suite: Suite, ceilings: Ceilings, rounds: int, bench: Workbench, row: Row, pytestconfig: pytest.Config
 ) -> None:
     """A row of the paper's table, beside its backbone. --rounds: the number of queries."""
-    count = new_tokens(pytestconfig)
-    prompts = lengths(rounds or QUERIES, 4, LONGEST, pytestconfig.getoption("--sharegpt"))
+    measure(benchmark, suite, ceilings, rounds, bench, row, pytestconfig, f"a token, {row.place}", row.title)
+
+
+def measure(
+    benchmark: Any, suite: Suite, ceilings: Ceilings, rounds: int, bench: Workbench, row: Row, config: pytest.Config, group: str, title: str
+) -> None:
+    count = new_tokens(config)
+    prompts = lengths(rounds or QUERIES, 4, LONGEST, config.getoption("--sharegpt"))
     more: dict[str, Any] = {"error": bench.checked(row), "memory_bytes": bench.memory(row)}
     runs = {row.title: bench.run(row)}
-    if row.method or row != row.backbone:
+    if row != row.backbone:
         runs["backbone"] = bench.run(row.backbone)
     capacity = max(prompts) + count
     samples, launches = decoding(benchmark, runs, queries(bench, prompts, count), capacity, count, WHERE, rounds, SECONDS)
-    cost, taken, strategy = step_cost(BACKBONE, row, capacity), samples[row.title], runs[row.title].strategy
+    cost, taken, strategy = step_cost(bench.backbone, row, capacity), samples[row.title], runs[row.title].strategy
     if cost is not None:
         more |= {"bytes": cost.bytes, "flops": cost.flops, "predicted_ms": 1e3 * model.seconds(cost, ceilings)}
-    title = f"{row.title} ({strategy})" if row.strategy == "auto" else row.title
     suite.record(
-        f"{row.place}, {row.title}", f"a token, {row.place}", title, taken, method=row.method, strategy=strategy,
-        ratio=median_ratio(taken, samples["backbone"]), compared_to="backbone", counted_launches=launches[row.title], **more,
+        f"{group}, {title}", group, f"{title} ({strategy})" if row.strategy == "auto" else title, taken, method=row.method,
+        strategy=strategy, ratio=median_ratio(taken, samples["backbone"]), compared_to="backbone", counted_launches=launches[row.title],
+        **more,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("tokens", PROMPTS)
+def test_prefill(benchmark: Any, suite: Suite, ceilings: Ceilings, rounds: int, bench: Workbench, tokens: int) -> None:
+    """A prompt, each of its tokens with experts of its own: backbone, unfused and fused."""
+    rows = {strategy: Row(strategy, "lora_switch", strategy) for strategy in ("fused", "unfused")}
+    rows["backbone"] = rows["fused"].backbone
+    check_prefill(bench.exact(), rows)
+    prompt, runs = bench.tokens(1, tokens), {strategy: bench.run(row) for strategy, row in rows.items()}
+    with ExitStack() as stack:
+        opened = {strategy: stack.enter_context(run.open(tokens)) for strategy, run in runs.items()}
+        calls = {strategy: lambda _, s=session: s.prefill(prompt) for strategy, session in opened.items()}
+        samples = in_turn(benchmark, calls, WHERE, rounds, SECONDS)
+    for strategy, taken in samples.items():
+        suite.record(
+            f"prompt of {tokens}, {strategy}", "a prompt against its length", f"{strategy}, {tokens} tokens", taken, x=tokens,
+            axis="tokens", series=strategy, ratio=median_ratio(taken, samples["backbone"]), compared_to="backbone",
+        )  # fmt: skip
+
+
+def check_prefill(bench: Workbench, rows: dict[str, Row]) -> None:
+    """The logits after a prompt that is longer than a decode step, against float64, beside the backbone's."""
+    tokens = bench.tokens(1, 41)
+    found = {strategy: errors(bench.run(row), tokens, 40)["mean_error"] for strategy, row in rows.items()}
+    for strategy, error in found.items():
+        assert error < WORST_ERROR * found["backbone"] or strategy == "backbone", f"{strategy}: {error / found['backbone']:.3g} times"
+
+
+@pytest.mark.parametrize("backbone", OTHERS, ids=lambda backbone: backbone.name.replace(" ", "_"))
+@pytest.mark.parametrize("r", [16, 64] if GPU else [16])
+def test_models(
+    benchmark: Any, suite: Suite, ceilings: Ceilings, rounds: int, pytestconfig: pytest.Config, backbone: Backbone, r: int
+) -> None:
+    """Fused application on other models."""
+    row = Row("fused", "lora_switch", "fused", capture=GPU, config={"r": r})
+    bench = workbench(backbone, WHERE)
+    measure(benchmark, suite, ceilings, rounds, bench, row, pytestconfig, "a token, other models, fused", f"{backbone.name}, r = {r}")
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -153,7 +203,7 @@ def check_batch(bench: Workbench, row: Row, batch: int) -> None:
     """A batch's logits against float64, beside a single sequence's."""
     tokens, run = bench.tokens(batch, 8, seed=batch), bench.run(row)
     one, many = (errors(run, part, 4)["mean_error"] for part in (tokens[:1], tokens))
-    assert many < 2 * one, f"a batch of {batch}: the mean error is {many / one:.3g} times a single sequence's"
+    assert many < WORST_ERROR * one, f"a batch of {batch}: the mean error is {many / one:.3g} times a single sequence's"
 
 
 @pytest.fixture(scope="module")

@@ -325,6 +325,15 @@ def test_a_batch_that_mixes_its_routes_up_is_noticed(bench, decode, monkeypatch)
         decode_suite.check_batch(bench, row, 3)
 
 
+def test_a_wrong_prompt_is_noticed(bench, decode, monkeypatch):
+    suite = Suite("decode")
+    decode_suite.test_prefill(Benchmark(), suite, CEILINGS, 1, bench, 20)
+    assert [case["series"] for case in suite.cases] == ["fused", "unfused", "backbone"]
+    spoil_gates(monkeypatch, lambda gates: 1.5 * gates)
+    with pytest.raises(AssertionError, match="fused: .* times"):
+        decode_suite.test_prefill(Benchmark(), suite, CEILINGS, 1, bench, 20)
+
+
 def test_batches(bench, decode):
     suite = Suite("decode")
     decode_suite.test_batch(Benchmark(), suite, CEILINGS, 2, bench, 3)
