@@ -66,7 +66,7 @@ class Ceilings:
     """What a device was measured to do at most (perf/ceilings.py)."""
 
     copy: float  # bytes per second, read and written, by a plain copy
-    read: float  # bytes per second, by a reduction
+    read: float  # bytes per second, by a reduction, or by a copy if that reads faster
     flops: float  # per second, by a large 16-bit GEMM
     flops_float32: float  # per second, by a large float32 GEMM
     launch: float = 0.0  # seconds from one launch to the next in a CUDA graph; 0 on a CPU, where a call is no launch
