@@ -30,7 +30,7 @@ __all__ = ["AotLauncher", "JitLauncher", "Launcher", "SimLauncher", "aligned", "
 
 def launcher(backend: str | Launcher, device: torch.device) -> Launcher:
     """What launches kernels on `device` by a backend that `choose` named: "sim", "jit" or "aot"; a launcher is itself."""
-    if isinstance(backend, Launcher):
+    if not isinstance(backend, str):
         return backend
     if backend == "sim":
         return SimLauncher()
