@@ -21,7 +21,19 @@ if TYPE_CHECKING:
 
     from fusedmerge.bank import AdapterBank
 
-__all__ = ["Crossover", "Rates", "TargetSize", "Work", "crossover", "fused_work", "measure_rates", "switch_work", "target_sizes"]
+__all__ = [
+    "Crossover",
+    "Rates",
+    "TargetSize",
+    "Work",
+    "crossover",
+    "distinct_experts",
+    "factor_bytes",
+    "fused_work",
+    "measure_rates",
+    "switch_work",
+    "target_sizes",
+]
 
 
 class TargetSize(NamedTuple):
@@ -130,7 +142,7 @@ def switch_work(targets: Iterable[TargetSize], k: int, mode: str = "exact") -> W
     experts, nbytes, flops = k if mode == "exact" else 2 * k, 0, 0
     for target in targets:
         elements = target.rows * target.cols
-        nbytes += 2 * elements * target.weight_itemsize + experts * _factor_bytes(target)
+        nbytes += 2 * elements * target.weight_itemsize + experts * factor_bytes(target)
         flops += 2 * elements * target.rank * experts
     return Work(nbytes, flops, 1)
 
@@ -146,19 +158,23 @@ def fused_work(
 ) -> Work:
     """What one decode step of `tokens` tokens costs beyond the backbone's: the chosen experts' factors, and `launches` (one a target).
 
-    Tokens that route at random choose num_adapters (1 - (1 - k / num_adapters)^tokens) experts between them. second_pass: 16-bit weights
-    are read twice, as `lora_linear` does on the CPU.
+    Tokens are taken to route at random (`distinct_experts`). second_pass: 16-bit weights are read twice, as `lora_linear` does on the CPU.
     """
-    experts = num_adapters * (1 - (1 - k / num_adapters) ** tokens)
-    nbytes = sum(experts * _factor_bytes(target) for target in targets)
+    experts = distinct_experts(num_adapters, k, tokens)
+    nbytes = sum(experts * factor_bytes(target) for target in targets)
     if second_pass:
         nbytes += sum(t.rows * t.cols * t.weight_itemsize for t in targets if t.weight_itemsize == 2)
     flops = sum(2 * tokens * k * target.rank * (target.rows + target.cols) for target in targets)
     return Work(nbytes, flops, len(targets) if launches is None else launches)
 
 
-def _factor_bytes(target: TargetSize) -> int:
-    """Of one adapter on one target."""
+def distinct_experts(num_adapters: int, k: int, tokens: int) -> float:
+    """How many of N adapters at least one of `tokens` tokens chooses, on average, if each token chooses k of them at random."""
+    return num_adapters * (1 - (1 - k / num_adapters) ** tokens)
+
+
+def factor_bytes(target: TargetSize) -> int:
+    """Bytes of one adapter's A and B on one target."""
     return target.rank * (target.rows + target.cols) * target.factor_itemsize
 
 

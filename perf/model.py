@@ -6,13 +6,16 @@
     launches = launches * gap between two launches
 
 The parts overlap on a GPU, so the largest decides. Nothing is fitted: what a measurement takes beyond the prediction is the
-implementation's. Formulas and figures: docs/performance.md.
+implementation's. What a switch moves, and what fused application adds, is counted by fusedmerge/cost.py alone. Formulas and figures:
+docs/performance.md.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fusedmerge import cost
+from fusedmerge.cost import TargetSize
 from perf.backbones import Backbone, Shapes
 
 __all__ = [
@@ -23,7 +26,6 @@ __all__ = [
     "addmm_float32",
     "backbone_step",
     "copy",
-    "distinct_experts",
     "factor_bytes",
     "fused_step",
     "linear",
@@ -88,9 +90,13 @@ def _padded(r: int) -> int:
     return -(-r // RANK_MULTIPLE) * RANK_MULTIPLE
 
 
-def factor_bytes(shapes: Shapes, r: int, itemsize: int = 2) -> int:
-    """Bytes of one adapter's A and B in a bank (ranks padded to 16)."""
-    return itemsize * _padded(r) * sum(rows + cols for rows, cols in shapes)
+def _targets(shapes: Shapes, r: int) -> list[TargetSize]:
+    return [TargetSize(rows, cols, _padded(r), WEIGHT, WEIGHT) for rows, cols in shapes]
+
+
+def factor_bytes(shapes: Shapes, r: int) -> int:
+    """Bytes of one adapter's A and B in a bank of 16-bit factors (ranks padded to 16)."""
+    return sum(cost.factor_bytes(target) for target in _targets(shapes, r))
 
 
 # ---------------------------------------------------------------------- ways to merge
@@ -98,8 +104,8 @@ def factor_bytes(shapes: Shapes, r: int, itemsize: int = 2) -> int:
 
 def switch_exact(shapes: Shapes, r: int, k: int, base: int = WEIGHT) -> Cost:
     """live = round(base + k experts): base and chosen factors read, live written, one launch. base: bytes of a base weight (fp8: 1)."""
-    weights = _elements(shapes)
-    return Cost(base * weights + k * factor_bytes(shapes, r), WEIGHT * weights, 2 * weights * k * _padded(r), 1)
+    work, weights = cost.switch_work(_targets(shapes, r), k), _elements(shapes)
+    return Cost(work.nbytes - (2 * WEIGHT - base) * weights, WEIGHT * weights, work.flops, work.launches)
 
 
 def switch_inplace(shapes: Shapes, r: int, k: int, k_old: int | None = None) -> Cost:
@@ -144,11 +150,6 @@ def addmm_bfloat16(shapes: Shapes, r: int, k: int) -> Cost:
 # ---------------------------------------------------------------------- ways to decode
 
 
-def distinct_experts(num_adapters: int, k: int, tokens: int) -> float:
-    """How many of N adapters at least one of `tokens` tokens chooses, on average, if each token chooses k of them at random."""
-    return num_adapters * (1.0 - (1.0 - k / num_adapters) ** tokens)
-
-
 def backbone_step(backbone: Backbone, tokens: int = 1, context: int = 0) -> Cost:
     """One decode step of `tokens` sequences: every linear and the LM head read once, and `context` cached keys and values per sequence."""
     weights = backbone.adapted + backbone.head
@@ -160,10 +161,9 @@ def backbone_step(backbone: Backbone, tokens: int = 1, context: int = 0) -> Cost
 
 def fused_step(backbone: Backbone, r: int, num_adapters: int, k: int, tokens: int = 1, context: int = 0) -> Cost:
     """A decode step with each token's own experts applied beside the weights: their factors are read besides, each expert's once."""
-    experts = distinct_experts(num_adapters, k, tokens)
-    flops = 2 * tokens * k * r * sum(rows + cols for rows, cols in backbone.shapes)
     launches = (FUSED_LAUNCHES - BACKBONE_LAUNCHES) * backbone.layers
-    return backbone_step(backbone, tokens, context) + Cost(experts * factor_bytes(backbone.shapes, r), 0, flops, launches)
+    extra = cost.fused_work(_targets(backbone.shapes, r), k, num_adapters, tokens, launches=launches)
+    return backbone_step(backbone, tokens, context) + Cost(extra.nbytes, 0, extra.flops, extra.launches)
 
 
 def lora_linear(rows: int, cols: int, r: int, num_adapters: int, k: int, tokens: int, experts: float | None = None) -> Cost:
@@ -171,7 +171,7 @@ def lora_linear(rows: int, cols: int, r: int, num_adapters: int, k: int, tokens:
 
     experts: how many different ones the tokens chose; None: as many as random choices make. r as given: what a bank pads is read, too.
     """
-    experts = distinct_experts(num_adapters, k, tokens) if experts is None else experts
+    experts = cost.distinct_experts(num_adapters, k, tokens) if experts is None else experts
     read = WEIGHT * (rows * cols + tokens * cols) + experts * WEIGHT * r * (rows + cols)
     return Cost(read, WEIGHT * tokens * rows, 2 * tokens * (rows * cols + k * r * (rows + cols)), 2)
 

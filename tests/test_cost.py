@@ -59,6 +59,7 @@ def test_a_batch_reads_each_expert_once():
     one = cost.fused_work(llama_2_7b(64), 2, 8)
     seen = [cost.fused_work(llama_2_7b(64), 2, 8, tokens).nbytes / one.nbytes for tokens in (1, 2, 4, 8, 16, 1000)]
     assert seen[0] == 1 and seen[1] == pytest.approx(1.75) and seen[-1] == pytest.approx(4)  # 4: all eight, where a token reads two
+    assert cost.distinct_experts(8, 2, 1) == 2 and cost.distinct_experts(8, 8, 5) == 8
     assert sorted(seen) == seen and cost.fused_work(llama_2_7b(64), 2, 8, 16).flops == 16 * one.flops
 
 

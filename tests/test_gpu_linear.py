@@ -41,6 +41,21 @@ def test_long_chains_have_the_same_bits_with_and_without_the_edge(on_gpu, num_to
         assert torch.equal(chain(where, problems, x), expected)
 
 
+@pytest.mark.parametrize("cols", [512, 515])
+def test_weights_that_were_just_written_are_read(on_gpu, cols):
+    """The GEMV fetches W before it waits for the prologue. What came before the prologue must be there, in L1 too (rows not aligned)."""
+    problem = kit.make(2, cols, rows=(4096,), extras=False)
+    where, weight = launcher(on_gpu, torch.device("cuda")), problem.targets[0].weight
+    versions = [weight.clone(), weight.flip(0), weight.neg()]
+    found = {Plain: [], type(where): []}
+    for i in range(60):
+        for kind, ys in found.items():
+            weight.copy_(versions[i % 3])
+            ys.append(linear.decode_group(Plain(where) if kind is Plain else where, problem.x, problem.targets, problem.known).ys[0])
+            weight.fill_(torch.nan)
+    assert all(torch.equal(y, same) and y.isfinite().all() for y, same in zip(*found.values(), strict=True))
+
+
 def test_a_graph_follows_ids_and_x(on_gpu):
     problem = kit.make(3, 264, rows=(70, 33), ranks=(20,))
     linear.decode_group(on_gpu, problem.x, problem.targets, problem.known)  # warm: everything is loaded before the capture

@@ -94,7 +94,7 @@ def test_too_much_is_refused(where):
     for problem in (kit.make(17, 8), kit.make(1, 8, rows=(1,) * 5), kit.make(1, 8, k=33)):
         with pytest.raises(InvalidValueError, match=r"at most (16 tokens|4 matrices|32 slots)"):
             apply(where, problem)
-    with pytest.raises(InvalidValueError, match="at most 4096 adapters"):
+    with pytest.raises(InvalidValueError, match="route_topk: router_weight: .*at most 4096 adapters"):
         linear.route(where, problem.x, torch.zeros(4097, 8, dtype=problem.x.dtype), 2)
 
 
@@ -127,6 +127,31 @@ def test_an_id_out_of_range_is_an_empty_slot(where, bad):
     expected = apply(where, problem).ys[0]
     problem.ids[1, 0] = bad
     assert np.array_equal(kit.bits(apply(where, problem).ys[0]), kit.bits(expected))
+
+
+@pytest.mark.parametrize("off", ["gate", "scaling", "routed"])
+def test_a_gate_or_scaling_of_zero_is_no_adapter(where, off):
+    """Whatever the factors hold."""
+    problem = kit.make(3, 64)
+    target = problem.targets[0]
+    spoilt = replace(target, a=target.a.clone(), b=target.b.clone(), scaling=target.scaling.clone())
+    spoilt.a[2], spoilt.b[2] = torch.nan, torch.nan
+    problem.ids[1] = torch.tensor([2, 4])
+    problem.ids[[0, 2]] = torch.tensor([0, 1], dtype=torch.int32)
+    if off == "routed":  # the softmax of logits 200 apart is 1 and 0
+        x, router = problem.x.abs(), torch.zeros(5, 64)
+        router[0], router[2] = 1000.0, 1.0
+        applied = linear.decode_group(where, x, [spoilt], Router(router, 2))
+        assert applied.ids.tolist() == [[0, 2]] * 3 and applied.gates.tolist() == [[1.0, 0.0]] * 3
+        kit.check(applied.ys[0], x, target, Known(applied.ids, applied.gates))
+        return
+    if off == "gate":
+        problem.gates[1, 0] = 0.0
+    else:
+        spoilt.scaling[2] = 0.0
+    y = linear.decode_group(where, problem.x, [spoilt], problem.known).ys[0]
+    problem.ids[1, 0] = -1
+    kit.check(y, problem.x, target, problem.known)
 
 
 # ---- bits ------------------------------------------------------------------------------------------------------------

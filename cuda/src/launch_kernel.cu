@@ -93,6 +93,10 @@ fusedmerge_result launch_kernel(const char* operation, const KernelLaunch& launc
 
 fusedmerge_result launch_function(const char* operation, const FunctionLaunch& launch, const void* params,
                                   fusedmerge_stream stream) noexcept {
+    // The driver launches into the thread's current context, and a thread that has only allocated may have none yet.
+    int ordinal = 0;
+    if (fusedmerge_result result = check(cudaGetDevice(&ordinal), operation)) return result;
+    if (fusedmerge_result result = check(cudaSetDevice(ordinal), operation)) return result;
     Driver driver;
     if (fusedmerge_result result = load_driver(operation, driver)) return result;
     auto function = static_cast<CUfunction>(launch.function);

@@ -79,7 +79,7 @@ def _architecture(capability: tuple[int, int], supported: tuple[int, ...]) -> st
         return f"sm_{number}"
     older = [arch for arch in supported if arch < number]
     if not older or number < 80:
-        raise BackendError("switch", 'backend "jit"', "a GPU of compute capability 8.0 or later", f"{capability[0]}.{capability[1]}")
+        raise BackendError("compile", 'backend "jit"', "a GPU of compute capability 8.0 or later", f"{capability[0]}.{capability[1]}")
     return f"compute_{max(older)}"
 
 
@@ -102,7 +102,7 @@ def _closure(name: str) -> list[Path]:
         found[header.name] = header
         waiting += re.findall(r'^\s*#include "([^"]+)"', header.read_text(), re.MULTILINE)
     if name not in found:
-        raise BackendError("switch", "kernel headers", f"{name} in the installation", f"none in {root}")
+        raise BackendError("compile", "kernel headers", f"{name} in the installation", f"none in {root}")
     return list(found.values())
 
 
@@ -157,7 +157,7 @@ def _compile(kernel: Kernel, flags: tuple[str, ...]) -> bytes:
         code = nvrtc.getCUBIN(program) if any("sm_" in flag for flag in flags) else nvrtc.getPTX(program)
     except nvrtc.NVRTCError as error:
         log = nvrtc.getProgramLog(program).strip()
-        raise BackendError("switch", "kernel", "source that NVRTC compiles", f"{error}\n{log}") from error
+        raise BackendError("compile", "kernel", "source that NVRTC compiles", f"{error}\n{log}") from error
     finally:
         nvrtc.destroyProgram(program)
     return bytes(code) if isinstance(code, bytes) else code.encode()

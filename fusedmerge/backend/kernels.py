@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
@@ -24,14 +25,22 @@ from fusedmerge.errors import BackendError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["AotLauncher", "JitLauncher", "Launcher", "SimLauncher", "launcher"]
+__all__ = ["AotLauncher", "JitLauncher", "Launcher", "SimLauncher", "aligned", "launcher"]
 
 
-def launcher(backend: str, device: torch.device) -> Launcher:
-    """What launches kernels on `device` by a backend that `choose` named: "sim", "jit" or "aot"."""
+def launcher(backend: str | Launcher, device: torch.device) -> Launcher:
+    """What launches kernels on `device` by a backend that `choose` named: "sim", "jit" or "aot"; a launcher is itself."""
+    if not isinstance(backend, str):
+        return backend
     if backend == "sim":
         return SimLauncher()
     return _on_gpu(backend, _ordinal(device))
+
+
+def aligned(tensor: torch.Tensor) -> bool:
+    """Whether every row begins at a multiple of 16 bytes."""
+    steps = (stride for stride, size in zip(tensor.stride()[:-1], tensor.shape, strict=False) if size > 1)
+    return math.gcd(16, tensor.data_ptr(), *(step * tensor.element_size() for step in steps)) == 16
 
 
 def _ordinal(device: torch.device) -> int:

@@ -2,21 +2,20 @@
 
     x -> prologue: (residual, norm or SiLU * up), router, shrink -> GEMV: W x + B z + bias + residual, several targets at once
 
-Tensors are checked by the caller (fusedmerge/ops.py): 2-D, columns contiguous, of one 16-bit dtype and one device. Rows may be strided and
+Tensors are checked by the caller (fusedmerge/ops): 2-D, columns contiguous, of one 16-bit dtype and one device. Rows may be strided and
 begin anywhere; what is not 16-byte aligned is read element by element. Results and workspace come from torch's allocator, in the stream's
 order: a call may be captured in a CUDA graph.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from fusedmerge.backend import linear_params as lp
 from fusedmerge.backend.compiler import Kernel
-from fusedmerge.backend.kernels import Launcher, launcher
+from fusedmerge.backend.kernels import Launcher, aligned, launcher
 from fusedmerge.backend.linear_params import LinearParams, LinearTarget, RouteParams
 from fusedmerge.backend.params import MAX_SLOTS
 from fusedmerge.errors import InvalidValueError
@@ -101,8 +100,8 @@ def route(
     x [T, in], router_weight [N, in] of x's dtype or float32 (N up to 4096, k up to 32), mask int32 [T] (0: padding: ids -1, gates 0)
     -> ids int32 [T, k], gates float32 [T, k]. Raises InvalidValueError for larger N and k.
     """
-    _check_count("k", "slots of a token", k, MAX_SLOTS)
-    _check_count("router_weight", "adapters", len(router_weight), _MAX_ROUTED)
+    _check_count("k", "slots of a token", k, MAX_SLOTS, "route_topk")
+    _check_count("router_weight", "adapters", len(router_weight), _MAX_ROUTED, "route_topk")
     ids, gates = _empty_routing(x, k)
     params = RouteParams(
         x=x.data_ptr(),
@@ -121,7 +120,7 @@ def route(
     if len(x):
         name, number = _dtype(x)
         kernel = Kernel("route.cuh", "RouteParams", f"run_route<{number}>", f"route_{name}")
-        _launcher(backend, x).launch(kernel, params, len(x), 4 * len(router_weight))
+        launcher(backend, x.device).launch(kernel, params, len(x), 4 * len(router_weight))
     return ids, gates
 
 
@@ -152,7 +151,7 @@ def decode_group(
     routing: None applies no adapter. source: how x is made, from the given input; None: it is the input. All targets have the same N.
     Raises InvalidValueError for more of anything.
     """
-    where = _launcher(backend, x)
+    where = launcher(backend, x.device)
     _check_count("x", "tokens", len(x), lp.MAX_TOKENS)
     _check_count("targets", "matrices", len(targets), lp.MAX_TARGETS)
     group = _Group(x, targets, routing, source)
@@ -277,13 +276,9 @@ def _describe(described: LinearTarget, target: Target, y: torch.Tensor) -> None:
         described.flags |= _flags((target.a, lp.A_ALIGNED), (target.b, lp.B_ALIGNED))
 
 
-def _check_count(name: str, things: str, count: int, limit: int) -> None:
+def _check_count(name: str, things: str, count: int, limit: int, operation: str = "lora_linear") -> None:
     if count > limit:
-        raise InvalidValueError("lora_linear", name, f"at most {limit} {things} in a launch", count)
-
-
-def _launcher(backend: str | Launcher, x: torch.Tensor) -> Launcher:
-    return launcher(backend, x.device) if isinstance(backend, str) else backend
+        raise InvalidValueError(operation, name, f"at most {limit} {things} in a launch", count)
 
 
 def _dtype(x: torch.Tensor) -> tuple[str, str]:
@@ -309,13 +304,8 @@ def _address(tensor: torch.Tensor | None) -> int | None:
 
 def _flags(*pairs: tuple[torch.Tensor, int]) -> int:
     """The flags of the tensors whose every row begins at a multiple of 16 bytes."""
-    return sum(flag for tensor, flag in pairs if _aligned(tensor))
+    return sum(flag for tensor, flag in pairs if aligned(tensor))
 
 
 def _router_flags(x: torch.Tensor, weight: torch.Tensor) -> int:
     return _flags((weight, lp.ROUTER_ALIGNED)) | (0 if weight.dtype == x.dtype else lp.ROUTER_WIDE)
-
-
-def _aligned(tensor: torch.Tensor) -> bool:
-    steps = (stride for stride, size in zip(tensor.stride()[:-1], tensor.shape, strict=False) if size > 1)
-    return math.gcd(16, tensor.data_ptr(), *(step * tensor.element_size() for step in steps)) == 16

@@ -2,7 +2,7 @@
 
     group_tokens(ids, gates), once for all layers that share them -> add_adapters(y, x, a, b, ...); add_to_targets: linears that share x
 
-Tensors are checked by the caller (fusedmerge/ops.py): of one device, x, y, a and b of one 16-bit dtype, their last dimension contiguous.
+Tensors are checked by the caller (fusedmerge/ops): of one device, x, y, a and b of one 16-bit dtype, their last dimension contiguous.
 Nothing waits for the device, and every size that the host uses is a bound that it knows, so a CUDA graph may hold the calls.
 """
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from fusedmerge.backend.compiler import Kernel
-from fusedmerge.backend.kernels import Launcher, launcher
+from fusedmerge.backend.kernels import Launcher, aligned, launcher
 from fusedmerge.backend.params import MAX_SLOTS
 from fusedmerge.backend.sgmv_params import (
     EXPAND_ALIGNED,
@@ -98,7 +98,7 @@ def group_tokens(backend: str | Launcher, ids: torch.Tensor, gates: torch.Tensor
         if got > most:
             what = "adapters" if field == "a" else "slots of a token"
             raise InvalidValueError("lora_linear", field, f"at most {most} {what} (on this backend)", got)
-    on = _launcher(backend, ids)
+    on = launcher(backend, ids.device)
     rows = _tile_rows(num_tokens, num_slots, on.shared_bytes_limit)
     buckets = _buckets(num_tokens, num_slots, num_adapters, rows)
     groups = Groups(DeviceGroups(tile_rows=rows, num_slots=num_slots), ids, num_tokens, num_slots, num_adapters, buckets)
@@ -159,7 +159,7 @@ def add_to_targets(backend: str | Launcher, x: torch.Tensor, targets: Sequence[T
     if not targets or not groups.num_pairs:
         return
     torch.autograd.graph.increment_version([target.y for target in targets])
-    on = _launcher(backend, x)
+    on = launcher(backend, x.device)
     for first in range(0, len(targets), MAX_TARGETS):
         _launch(on, x, targets[first : first + MAX_TARGETS], groups)
 
@@ -204,17 +204,8 @@ def _describe(target: Target, x: torch.Tensor, z: int, z_stride: int) -> SgmvTar
         out=b.shape[1],
         rank=a.shape[1],
         z_stride=z_stride,
-        flags=_aligned(y) * Y_ALIGNED | (_aligned(x) and _aligned(a)) * SHRINK_ALIGNED | _aligned(b) * EXPAND_ALIGNED,
+        flags=aligned(y) * Y_ALIGNED | (aligned(x) and aligned(a)) * SHRINK_ALIGNED | aligned(b) * EXPAND_ALIGNED,
     )
-
-
-def _launcher(backend: str | Launcher, x: torch.Tensor) -> Launcher:
-    return launcher(backend, x.device) if isinstance(backend, str) else backend
-
-
-def _aligned(tensor: torch.Tensor) -> bool:
-    """Whether every row begins at a multiple of 16 bytes."""
-    return tensor.data_ptr() % 16 == 0 and all(stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:-1])
 
 
 def _ceil(count: int, size: int) -> int:

@@ -230,6 +230,7 @@ struct Gemv {
         int id = memory.routing.ids[token][slot];
         float gate = memory.routing.gates[token][slot];
         float coefficient = target.scaling != nullptr ? multiply(gate, target.scaling[id]) : gate;
+        if (coefficient == 0.0f) return;  // no adapter, whatever its factors hold
         float values[8], z[8];
         load_z(z, target, token, params.router != nullptr ? id : slot, rank);
         widen_octet(values, octet, 1.0f);

@@ -73,14 +73,15 @@ struct Routing {
     // Block-wide; false: no slot is used. Where there is a router, the prologue's logits tell.
     FM_DEVICE bool find(const LinearParams& params) { return params.router != nullptr ? choose_all(params) : read(params); }
 
-    // An id outside [0, N) is an empty slot: nothing out of bounds is read.
+    // An id outside [0, N) is an empty slot: nothing out of bounds is read. So is one whose gate is 0.
     FM_DEVICE bool read(const LinearParams& params) {
         bool used = false;
         for (int i = thread_index(); i < 8 * kTokenTiles * params.num_slots; i += kThreads) {
             int id = i < params.tokens * params.num_slots ? params.ids[i] : -1;
-            bool valid = id >= 0 && id < params.num_adapters;
+            float gate = id >= 0 && id < params.num_adapters ? params.gates[i] : 0.0f;
+            bool valid = gate != 0.0f;
             ids[i / params.num_slots][i % params.num_slots] = valid ? id : -1;
-            gates[i / params.num_slots][i % params.num_slots] = valid ? params.gates[i] : 0.0f;
+            gates[i / params.num_slots][i % params.num_slots] = gate;
             used |= valid;
         }
         return block_any(used);

@@ -83,6 +83,7 @@ struct ExpandWarp {
         const int expert = pairs[0].expert;
         const int rank = rank_of(target, expert);
         const float scaling = target.scaling != nullptr ? target.scaling[expert] : 1.0f;
+        if (scaling == 0.0f) return;  // no adapter, whatever its factors hold
         FM_NO_UNROLL
         for (int first_rank = 0; first_rank < rank; first_rank += kExpandRanks) {
             load_factor(expert, first_rank, rank - first_rank);
