@@ -82,3 +82,9 @@ def test_the_log_level_is_taken_from_the_environment():
             [sys.executable, "-c", script], env={**os.environ, "FUSEDMERGE_LOGLEVEL": level}, check=True, capture_output=True, text=True
         )
         assert ("narrowing its factors" in done.stderr) == heard
+
+
+def test_the_stub_names_what_the_extension_has():
+    metadata()
+    stub = set(re.findall(r"^def (\w+)", (ROOT / "fusedmerge/_ext.pyi").read_text(), re.MULTILINE))
+    assert stub == {name for name in dir(importlib.import_module("fusedmerge._ext")) if not name.startswith("_")}
