@@ -30,9 +30,10 @@ def measure(where: torch.device) -> Ceilings:
         x, y = (torch.randn(edge, edge, device=where).to(dtype) for _ in range(2))
         return 2 * edge**3 / _best(where, lambda: torch.mm(x, y))
 
+    copy = 2 * source.nbytes / _best(where, lambda: into.copy_(source))
     return Ceilings(
-        copy=2 * source.nbytes / _best(where, lambda: into.copy_(source)),
-        read=source.nbytes / _best(where, source.sum),
+        copy=copy,
+        read=max(source.nbytes / _best(where, source.sum), copy / 2),  # a CPU's sum may be slower than the reads of its own copy
         flops=gemm(torch.bfloat16),
         flops_float32=gemm(torch.float32),
         launch=_launch_gap() if gpu else 0.0,

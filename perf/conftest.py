@@ -28,7 +28,16 @@ from perf.timing import device  # noqa: E402
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", default=str(HERE / "results"), help="where <device>/<suite>.json is written")
     parser.addoption("--rounds", type=int, default=0, help="rounds of each measurement (default: as many as fit into a few seconds)")
+    parser.addoption("--sharegpt", help="a ShareGPT JSON, for its prompts' lengths (default: drawn from a distribution like it)")
+    parser.addoption("--new-tokens", type=int, default=0, help="decoded for each query (default: 8 on a CPU, 32 on a GPU; the paper: 200)")
     parser.addoption("--budget", type=float, default=float("inf"), help="seconds after which no further benchmark is started")
+
+
+def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    """perf/ablations.py is a suite, too."""
+    if file_path.name != "ablations.py" or parent.session.isinitpath(file_path):
+        return None
+    return pytest.Module.from_parent(parent, path=file_path)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -65,7 +74,7 @@ def began() -> dict[str, Any]:
 
 
 @pytest.fixture(autouse=True)
-def _evidence(request: pytest.FixtureRequest) -> Iterator[None]:
+def _evidence(request: pytest.FixtureRequest, began: dict[str, Any]) -> Iterator[None]:
     """Write the suite's file after a test that passed; take it back after one that failed."""
     config = request.config
     if time.monotonic() - config.stash[_STARTED] > config.getoption("--budget"):
@@ -78,7 +87,7 @@ def _evidence(request: pytest.FixtureRequest) -> Iterator[None]:
     if found.failed and found.path:
         found.path.unlink(missing_ok=True)
     elif found.cases and not found.failed:
-        found.path = write(found, Path(config.getoption("--results")), request.getfixturevalue("began"))
+        found.path = write(found, Path(config.getoption("--results")), began)
 
 
 @pytest.fixture(scope="session")

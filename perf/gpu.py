@@ -5,7 +5,7 @@
     sanitize   compute-sanitizer (memcheck, racecheck, synccheck, initcheck) on that program and on tests/sanitized.py
     micro      the questions M0-M6 (perf/micro, docs/tuning.md)
     switch     perf/test_switch.py, test_scaling.py, test_overhead.py
-    decode     perf/test_decode.py, test_lora_linear.py
+    decode     perf/test_lora_linear.py, test_decode.py, ablations.py
     sgmv       perf/test_sgmv.py
     accuracy   perf/accuracy in its GPU setting
 
@@ -37,7 +37,7 @@ TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 MICRO = {"m0": 40, "m1": 75, "m2": 40, "m3": 45, "m4": 45, "m5": 55, "m6": 105}  # seconds with start-up; guesses until measured
 SUITES = {
     "switch": {"perf/test_switch.py": 300, "perf/test_scaling.py": 120, "perf/test_overhead.py": 60},
-    "decode": {"perf/test_decode.py": 250, "perf/test_lora_linear.py": 150},
+    "decode": {"perf/test_lora_linear.py": 40, "perf/test_decode.py": 330, "perf/ablations.py": 60},
     "sgmv": {"perf/test_sgmv.py": 250},
 }
 PARTS = ("tests", "sanitize", "micro", "switch", "decode", "sgmv", "accuracy")

@@ -18,6 +18,7 @@ from perf.backbones import Backbone, Shapes
 __all__ = [
     "Ceilings",
     "Cost",
+    "adapters",
     "addmm_bfloat16",
     "addmm_float32",
     "backbone_step",
@@ -25,6 +26,7 @@ __all__ = [
     "distinct_experts",
     "factor_bytes",
     "fused_step",
+    "linear",
     "lora_linear",
     "peft",
     "seconds",
@@ -64,7 +66,7 @@ class Ceilings:
     """What a device was measured to do at most (perf/ceilings.py)."""
 
     copy: float  # bytes per second, read and written, by a plain copy
-    read: float  # bytes per second, by a reduction
+    read: float  # bytes per second, by a reduction, or by a copy if that reads faster
     flops: float  # per second, by a large 16-bit GEMM
     flops_float32: float  # per second, by a large float32 GEMM
     launch: float = 0.0  # seconds from one launch to the next in a CUDA graph; 0 on a CPU, where a call is no launch
@@ -164,8 +166,22 @@ def fused_step(backbone: Backbone, r: int, num_adapters: int, k: int, tokens: in
     return backbone_step(backbone, tokens, context) + Cost(experts * factor_bytes(backbone.shapes, r), 0, flops, launches)
 
 
-def lora_linear(rows: int, cols: int, r: int, num_adapters: int, k: int, tokens: int) -> Cost:
-    """y = W x + each token's experts: W, x and the chosen factors read once, y written; a prologue and a GEMV."""
-    experts = distinct_experts(num_adapters, k, tokens)
-    read = WEIGHT * (rows * cols + tokens * cols) + experts * factor_bytes([(rows, cols)], r)
+def lora_linear(rows: int, cols: int, r: int, num_adapters: int, k: int, tokens: int, experts: float | None = None) -> Cost:
+    """y = W x + each token's experts: W, x and the chosen factors read once, y written; a prologue and a GEMV.
+
+    experts: how many different ones the tokens chose; None: as many as random choices make. r as given: what a bank pads is read, too.
+    """
+    experts = distinct_experts(num_adapters, k, tokens) if experts is None else experts
+    read = WEIGHT * (rows * cols + tokens * cols) + experts * WEIGHT * r * (rows + cols)
     return Cost(read, WEIGHT * tokens * rows, 2 * tokens * (rows * cols + k * r * (rows + cols)), 2)
+
+
+def adapters(rows: int, cols: int, r: int, k: int, tokens: int, experts: float) -> Cost:
+    """y += each token's experts, W x being there: x, y and the factors of the `experts` chosen ones read, y written; shrink and expand."""
+    read = WEIGHT * tokens * (rows + cols) + experts * WEIGHT * r * (rows + cols)
+    return Cost(read, WEIGHT * tokens * rows, 2 * tokens * k * r * (rows + cols), 2)
+
+
+def linear(rows: int, cols: int, tokens: int) -> Cost:
+    """y = W x."""
+    return Cost(WEIGHT * (rows * cols + tokens * cols), WEIGHT * tokens * rows, 2 * tokens * rows * cols, 1)

@@ -1,4 +1,4 @@
-"""How does a switch's time grow with bytes, layers, N, r and k, and that of `lora_linear` with T?
+"""How does a switch's time grow with bytes, layers, N, r and k?
 
 Each sweep changes one thing. Beside each switch, in turn with it, runs a copy with its traffic; small working sets rotate over four times
 the cache. Sizes are those of Llama-2-7B on a GPU, and of its small double on a CPU.
@@ -53,7 +53,6 @@ for width in (0.125, 0.25, 0.5, 1.0):
     scaled = LLAMA_2_7B.scaled(int(MAIN.hidden * width), MAIN.layers)
     SWEEPS["bytes"].append(Point("GB moved", model.switch_exact(scaled.shapes, 64, 2).bytes / 1e9, scaled))
 POINTS = [pytest.param(point, id=f"{name}={point.x:.3g}") for name, points in SWEEPS.items() for point in points]
-TOKENS = (1, 2, 4, 8, 16, 64, 256)
 
 
 @pytest.fixture(autouse=True)
@@ -114,45 +113,3 @@ def record_point(
             bytes=cost.bytes, flops=cost.flops, predicted_ms=1e3 * model.seconds(cost, ceilings),
             ratio=median_ratio(samples[name], samples[other]), compared_to=series[other][0], error=error if name == first else None,
         )  # fmt: skip
-
-
-@pytest.mark.parametrize("tokens", TOKENS)
-def test_lora_linear(benchmark: Any, suite: Suite, ceilings: Ceilings, rounds: int, tokens: int) -> None:
-    """T tokens, each with its own experts, through one linear; beside it the linear alone."""
-    rows, cols, num_adapters, r, k = MAIN.intermediate, MAIN.hidden, 8, 16, 2
-    cost = model.lora_linear(rows, cols, r, num_adapters, k, tokens)
-    generator = torch.Generator(WHERE).manual_seed(tokens)
-
-    def random(*shape: int, spread: float = 1.0) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.bfloat16, device=WHERE).normal_(0.0, spread, generator=generator)
-
-    a, b = random(num_adapters, r, cols, spread=cols**-0.5), random(num_adapters, rows, r, spread=0.02)
-    x = random(tokens, cols)
-    ids = torch.rand(tokens, num_adapters, device=WHERE, generator=generator).argsort(dim=1)[:, :k].int()
-    gates = torch.rand(tokens, k, device=WHERE, generator=generator)
-    weight_of = rotated(lambda _: random(rows, cols, spread=0.02), 2 * rows * cols, WHERE)
-    calls: dict[str, Callable[[int], Any]] = {
-        "lora_linear": lambda number: fm.lora_linear(x, weight_of(number), a, b, ids, gates),
-        "linear": lambda number: torch.nn.functional.linear(x, weight_of(number)),
-    }
-    with torch.no_grad():
-        samples = in_turn(benchmark, calls, WHERE, rounds, SECONDS / 2)
-        _check_linear(fm.lora_linear(x, weight_of(0), a, b, ids, gates), x, weight_of(0), a, b, ids, gates)
-    alone = model.Cost(2.0 * (rows * cols + tokens * cols), 2.0 * tokens * rows, 2.0 * tokens * rows * cols, 1)
-    series = {"lora_linear": ("fm.lora_linear", cost), "linear": ("F.linear alone", alone)}
-    record_point(suite, ceilings, "tokens (T)", tokens, samples, series)
-
-
-def _check_linear(
-    y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor
-) -> None:
-    """Against float64: half an ulp of W x and half an ulp of y for two roundings, and the accumulation's 2^-16."""
-    x64, w64, a64, b64 = (tensor.double() for tensor in (x, weight, a, b))
-    plain = x64 @ w64.T
-    truth = plain.clone()
-    for t in range(len(x)):
-        for slot, gate in zip(ids[t].tolist(), gates[t].tolist(), strict=True):
-            truth[t] += gate * (b64[slot] @ (a64[slot] @ x64[t]))
-    bound = 2.0**-8 * (plain.abs() + truth.abs()) + 2.0**-16 * (x64.abs() @ w64.abs().T)
-    worst = float(((y.double() - truth).abs() / bound).max())
-    assert worst <= 1.0, f"lora_linear: an error of {worst:.3g} times the bound"

@@ -8,17 +8,18 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Stopwatch", "cache_bytes", "device", "in_turn", "median_ratio", "rotated", "rounds_within"]
+__all__ = ["Rotated", "Stopwatch", "cache_bytes", "chained", "device", "in_turn", "median_ratio", "replayed", "rotated", "rounds_within"]
 
 LEAST_ROUNDS, MOST_ROUNDS = 5, 30
 HEAD_START = 400_000  # cycles that the GPU sleeps while the host queues a call, about 0.2 ms
 CACHES = 4  # how many times the cache the buffers must outgrow
 MOST_SETS = 64
+LEAST_CHAIN = 16
 Thing = TypeVar("Thing")
 
 
@@ -125,15 +126,57 @@ def cache_bytes(where: torch.device) -> int:
     return max(sizes)
 
 
-def rotated(make: Callable[[int], Thing], nbytes: float, where: torch.device) -> Callable[[int], Thing]:
+class Rotated(Generic[Thing]):
+    """Things that take turns: the one for a round's number."""
+
+    def __init__(self, made: Sequence[Thing]) -> None:
+        self._made = made
+
+    def __call__(self, number: int) -> Thing:
+        return self._made[number % len(self._made)]
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+
+def rotated(make: Callable[[int], Thing], nbytes: float, where: torch.device) -> Rotated[Thing]:
     """Enough of what `make` makes, each of `nbytes`, that together they outgrow the cache four times; the result picks one by round number.
 
     At most 64 of them, and no more than an eighth of the memory holds.
     """
     room = _memory(where) // 8
     count = max(1, min(math.ceil(CACHES * cache_bytes(where) / nbytes), MOST_SETS, int(room / nbytes)))
-    made = [make(index) for index in range(count)]
-    return lambda number: made[number % count]
+    return Rotated([make(index) for index in range(count)])
+
+
+def replayed(call: Callable[[], Any]) -> Callable[[], None]:
+    """The call in a CUDA graph. It runs once before, outside."""
+    import torch
+
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def chained(calls: Mapping[str, Callable[[int], Any]], sets: int, where: torch.device) -> tuple[dict[str, Callable[[int], Any]], int]:
+    """What to time, and how many calls that is: on a GPU a CUDA graph with a call for each set of buffers, at least 16 of them, so that a
+    launch's own time and the events' resolution do not count; on a CPU one call."""
+    if where.type != "cuda":
+        return dict(calls), 1
+    count = max(LEAST_CHAIN, sets)
+
+    def chain(call: Callable[[int], Any]) -> Callable[[int], Any]:
+        def every() -> None:
+            for number in range(count):
+                call(number)
+
+        replay = replayed(every)
+        return lambda _: replay()
+
+    return {name: chain(call) for name, call in calls.items()}, count
 
 
 def _memory(where: torch.device) -> int:

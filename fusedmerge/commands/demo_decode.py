@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fusedmerge.commands.demo_setup import Stage
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fusedmerge.moe.decoder import Decoder
     from fusedmerge.moe.generate import Session
 
-__all__ = ["EXPERTS", "decode"]
+__all__ = ["EXPERTS", "Run", "decode", "errors", "inject_experts", "launches", "peak_bytes"]
 
 EXPERTS, TOP_K, RANK = 8, 2, 16  # the same for every method
 PROMPT = 16  # tokens
@@ -46,14 +46,15 @@ class Run:
     method: str
     strategy: str
     model: Any  # Decoder or nn.Module
+    capture: bool = True  # a decoder's step in a CUDA graph, where it can be
 
-    def open(self, capacity: int) -> Any:
-        """A session for one sequence of `capacity` tokens."""
+    def open(self, capacity: int, batch: int = 1) -> Any:
+        """A session for `batch` sequences of `capacity` tokens."""
         from fusedmerge.moe.model_session import ModelSession
         from fusedmerge.moe.session import DecoderSession
 
         if self.engine == "decoder":
-            return DecoderSession(self.model, self.strategy, 1, capacity)
+            return DecoderSession(self.model, self.strategy, batch, capacity, capture=self.capture)
         return ModelSession(self.model, self.strategy)
 
     @property
@@ -90,13 +91,13 @@ def decode(stage: Stage, step: Callable[[], Any]) -> dict[str, Any]:
             stage.progress(f"{run.method}, {run.strategy}")
             before = {name: tensor.clone() for name, tensor in run.tensors.items()}
             row: dict[str, Any] = {"engine": run.engine, "method": run.method, "strategy": run.strategy}
-            rows.append(row | _errors(run, tokens) | {"peak_bytes": _peak(run, tokens)})
+            rows.append(row | errors(run, tokens) | {"peak_bytes": peak_bytes(run, tokens)})
             rows[-1]["restored_bitwise"] = same_bits(run.tensors, before)
         stage.progress("decoding")
         sessions = [stack.enter_context(run.open(tokens.shape[1])) for run in runs]
         seconds = _times(sessions, tokens, step)
-        launches = [_launches(session, tokens) for session in sessions]
-    for row, count, samples in zip(rows, launches, seconds, strict=True):
+        counts = [launches(session, tokens) for session in sessions]
+    for row, count, samples in zip(rows, counts, seconds, strict=True):
         row["launches"] = count
         backbone = next(i for i, other in enumerate(rows) if other["engine"] == row["engine"] and other["strategy"] == "backbone")
         row["median_ms"] = 1e3 * statistics.median(samples)
@@ -142,24 +143,32 @@ def _runs(stage: Stage) -> list[Run]:
 
 
 def _write_experts(stage: Stage, method: str) -> Any:
-    """A copy of the base with random experts of the demo's |delta| / |W|, and routers with preferences; saved to out/moe/<method>."""
+    """A copy of the base with random experts, saved to out/moe/<method>."""
+    import fusedmerge as fm
+
+    sizes: dict[str, Any] = {} if method == "lora" else {"num_experts": EXPERTS, "top_k": TOP_K}
+    model = inject_experts(copy.deepcopy(stage.base), stage.config.delta, stage.config.seed, method=method, r=RANK, **sizes)
+    fm.moe.save(model, stage.out / "moe" / method)
+    return model
+
+
+def inject_experts(model: Any, delta: float, seed: int, *, r: int, **config: Any) -> Any:
+    """Adapt a bfloat16 `model` with random experts of |delta| / |W| each, and routers with preferences. config: LoRAMoEConfig's."""
     import torch
 
     import fusedmerge as fm
 
-    sizes: dict[str, Any] = {} if method == "lora" else {"num_experts": EXPERTS, "top_k": TOP_K}
-    config = fm.moe.LoRAMoEConfig(method=method, r=RANK, lora_alpha=2 * RANK, init_lora_weights=False, router_init_std=0.1, **sizes)
-    model = fm.moe.inject(copy.deepcopy(stage.base), config, seed=stage.config.seed)
+    config = {"lora_alpha": 2 * r, "init_lora_weights": False, "router_init_std": 0.1, **config}
+    fm.moe.inject(model, fm.moe.LoRAMoEConfig(r=r, **config), seed=seed)
     with torch.no_grad():
         parts: Any = fm.moe.structure(model).parts.values()
         for part in parts:
             linear = next(module for module in part.base_layer.modules() if isinstance(module, torch.nn.Linear))
             weight = linear.weight.float().norm() * (part.lora_B.shape[1] * part.lora_A.shape[2] / linear.weight.numel()) ** 0.5
             deltas = torch.einsum("nor,nri->noi", part.lora_B, part.lora_A).flatten(1).norm(dim=1) * part.scaling
-            part.lora_B *= (stage.config.delta * weight / deltas)[:, None, None]
+            part.lora_B *= (delta * weight / deltas)[:, None, None]
             part.lora_A.copy_(part.lora_A.bfloat16())  # so that the factors of the float64 truth are those that bfloat16 weights get
             part.lora_B.copy_(part.lora_B.bfloat16())
-    fm.moe.save(model, stage.out / "moe" / method)
     return model.eval()
 
 
@@ -176,21 +185,32 @@ def _tokens(stage: Stage, decoder: Decoder) -> torch.Tensor:
 # ---------------------------------------------------------------------- measures
 
 
-def _errors(run: Run, tokens: torch.Tensor) -> dict[str, float]:
-    """Relative errors of the logits after each token: ||logits - truth|| / ||truth||, the truth in float64 over the same routes."""
+def errors(run: Run, tokens: torch.Tensor, prompt: int = PROMPT) -> dict[str, float]:
+    """Relative errors of the logits after each token [B, T] beyond the prompt: ||logits - truth|| / ||truth||, the truth in float64 over
+    the same routes."""
     import torch
 
-    with run.open(tokens.shape[1]) as session, _recorded(run.routers) as routes:
-        found = [session.prefill(tokens[:, :PROMPT], None)]
-        found += [session.step(tokens[:, t]).clone() for t in range(PROMPT, tokens.shape[1])]
+    with replace(run, capture=False).open(tokens.shape[1], len(tokens)) as session, _recorded(run.routers) as routes:
+        found = _decoded(session, tokens, prompt)
+    if run.engine == "decoder" and run.capture and tokens.is_cuda:  # a graph's replays do not pass the routers, but route alike
+        with run.open(tokens.shape[1], len(tokens)) as session:
+            found = _decoded(session, tokens, prompt)
     with _played_back(run.routers, routes):
         if run.engine == "decoder":
             exact = run.model.to(torch.float64).logits(tokens, strategy="backbone" if run.strategy == "backbone" else "fused")
         else:
             exact = copy.deepcopy(run.model).double()(tokens, use_cache=False).logits
-    exact = exact[:, PROMPT - 1 :]
-    errors = (torch.stack(found, dim=1).double() - exact).norm(dim=-1) / exact.norm(dim=-1)
-    return {"max_error": float(errors.max()), "mean_error": float(errors.mean())}
+    exact = exact[:, prompt - 1 :]
+    apart = (found.double() - exact).norm(dim=-1) / exact.norm(dim=-1)
+    return {"max_error": float(apart.max()), "mean_error": float(apart.mean())}
+
+
+def _decoded(session: Session, tokens: torch.Tensor, prompt: int) -> torch.Tensor:
+    """The logits [B, T - prompt + 1, V] after the prompt and each token."""
+    import torch
+
+    found = [session.prefill(tokens[:, :prompt], None)]
+    return torch.stack([*found, *(session.step(tokens[:, t]).clone() for t in range(prompt, tokens.shape[1]))], dim=1)
 
 
 @contextmanager
@@ -199,8 +219,8 @@ def _recorded(routers: Mapping[str, Any]) -> Iterator[dict[str, list[Any]]]:
     found: dict[str, list[Any]] = {name: [] for name in routers}
 
     def recording(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def call(x: torch.Tensor) -> Any:
-            found[name].append(forward(x))
+        def call(*given: Any) -> Any:
+            found[name].append(forward(*given))
             return found[name][-1]
 
         return call
@@ -224,7 +244,7 @@ def _played_back(routers: Mapping[str, Any], found: Mapping[str, Sequence[Any]])
         return tuple(join(parts) for parts in zip(*calls, strict=True))
 
     routes = {name: join(calls) for name, calls in found.items()}
-    with _replaced({name: (lambda _, name=name: routes[name]) for name in routers}, routers):
+    with _replaced({name: (lambda *_, name=name: routes[name]) for name in routers}, routers):
         yield
 
 
@@ -237,14 +257,14 @@ def _replaced(forwards: Mapping[str, Callable[..., Any]], routers: Mapping[str, 
         yield
 
 
-def _peak(run: Run, tokens: torch.Tensor) -> int:
+def peak_bytes(run: Run, tokens: torch.Tensor, prompt: int = PROMPT) -> int:
     """Bytes of the model and its experts, and whatever a session, a prefill and two steps take beside them at most."""
     from fusedmerge.moe.measure import peak_memory
 
     def call() -> None:
-        with run.open(tokens.shape[1]) as session:
-            session.prefill(tokens[:, :PROMPT], None)
-            for t in range(PROMPT, min(PROMPT + 2, tokens.shape[1])):
+        with run.open(tokens.shape[1], len(tokens)) as session:
+            session.prefill(tokens[:, :prompt], None)
+            for t in range(prompt, min(prompt + 2, tokens.shape[1])):
                 session.step(tokens[:, t])
 
     held = sum(tensor.nbytes for tensor in run.tensors.values())
@@ -267,10 +287,11 @@ def _times(sessions: Sequence[Session], tokens: torch.Tensor, step: Callable[[],
     return seconds
 
 
-def _launches(session: Session, tokens: torch.Tensor) -> int:
+def launches(session: Session, tokens: torch.Tensor, prompt: int = PROMPT) -> int:
+    """Of one step."""
     from fusedmerge.moe.measure import count_launches
 
-    token = tokens[:, PROMPT]
-    session.prefill(tokens[:, :PROMPT], None)
+    token = tokens[:, prompt]
+    session.prefill(tokens[:, :prompt], None)
     session.step(token)
     return count_launches(lambda: session.step(token), token.device)

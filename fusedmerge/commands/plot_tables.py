@@ -53,15 +53,20 @@ def group_markdown(name: str, cases: Sequence[Case]) -> str:
     if all("drift" in case for case in cases):
         return _drift_table(name, cases)
     if all("x" in case for case in cases):
-        return _axis_table(cases)
+        return _axis_table(name, cases)
+    found = [case.get("error") or {} for case in cases]
     columns: dict[str, list[str]] = {
         "median": [time_text(case["median_ms"]) for case in cases],
         f"time / {cases[0].get('compared_to', 'first')}": [_optional(case.get("ratio"), ".2f", "x") for case in cases],
         "GB/s": [_rate(case) for case in cases],
         "of copy": [_optional(case.get("fraction_of_copy"), ".0%") for case in cases],
+        "of read": [_optional(case.get("fraction_of_read"), ".0%") for case in cases],
         "measured / predicted": [_of_prediction(case) for case in cases],
-        "misrounded": [percent(case["error"]["misrounded"]) if case.get("error") else "" for case in cases],
-        "max error / bound": [f"{case['error']['of_bound']:.3g}" if case.get("error") else "" for case in cases],
+        "misrounded": [percent(errors["misrounded"]) if "misrounded" in errors else "" for errors in found],
+        "max error / bound": [_optional(errors.get("of_bound"), ".3g") for errors in found],
+        "mean error / backbone's": [_optional(errors.get("of_backbone"), ".2f") for errors in found],
+        "kernels": [_optional(case.get("counted_launches"), "d") for case in cases],
+        "memory": [_bytes(case.get("memory_bytes")) for case in cases],
         "held beside": [_bytes(case.get("extra_bytes")) for case in cases],
         "allocated by a call": [_bytes(case.get("peak_bytes")) for case in cases],
     }
@@ -70,20 +75,21 @@ def group_markdown(name: str, cases: Sequence[Case]) -> str:
     return markdown_table([name, *kept], rows)
 
 
-def _axis_table(cases: Sequence[Case]) -> str:
+def _axis_table(name: str, cases: Sequence[Case]) -> str:
     """x down, and each series' median with its ratio to the prediction across; then the first series' ratio to the other."""
     series = list(dict.fromkeys(case["series"] for case in cases))
     found = {(case["x"], case["series"]): case for case in cases}
-    header = [cases[0]["axis"]]
-    for name in series:
-        header += [name, "measured / predicted"]
+    axis = cases[0]["axis"]
+    header = [axis if name.endswith(axis) else f"{name}: {axis}"]
+    for label in series:
+        header += [label, "measured / predicted"]
     ratios = any(case.get("ratio") is not None for case in cases)
     header += [f"time / {cases[0].get('compared_to', 'first')}"] if ratios else []
     rows = []
     for x in sorted({case["x"] for case in cases}):
         row = [f"{x:.3g}"]
-        for name in series:
-            case = found.get((x, name))
+        for label in series:
+            case = found.get((x, label))
             row += [time_text(case["median_ms"]), _of_prediction(case)] if case else ["", ""]
         first = found.get((x, series[0]))
         rows.append([*row, *([_optional(first.get("ratio") if first else None, ".2f", "x")] if ratios else [])])

@@ -26,10 +26,11 @@ class DecoderSession:
 
     A prefill always runs un-merged, each token with its own experts. On a GPU the decode step is captured in one CUDA graph at its first
     call: embedding, routing, the switch or the experts beside each linear, attention over the whole static cache, and the LM head; the
-    host waits for nothing. A merging strategy with B > 1 is not captured: it must see that all rows have one route, at every token.
+    host waits for nothing. A merging strategy with B > 1 is not captured: it must see that all rows have one route, at every token. With
+    capture=False nothing is: every kernel is launched from Python, as transformers does.
     """
 
-    def __init__(self, decoder: Decoder, strategy: str, batch: int, capacity: int) -> None:
+    def __init__(self, decoder: Decoder, strategy: str, batch: int, capacity: int, *, capture: bool = True) -> None:
         self.decoder = decoder
         self.cache = Cache(decoder, batch, capacity)
         self._tokens = torch.zeros(batch, 1, dtype=torch.int64, device=decoder.device)  # [B, 1]
@@ -39,7 +40,7 @@ class DecoderSession:
         self._decode = make(decoder, strategy)
         self._prefill = make(decoder, "fused") if strategy in MERGED else self._decode
         self._graph: StepGraph | None = None
-        self._captures = decoder.device.type == "cuda" and (batch == 1 or strategy not in MERGED)
+        self._captures = capture and decoder.device.type == "cuda" and (batch == 1 or strategy not in MERGED)
 
     def prefill(self, tokens: Tensor, padding: Tensor | None = None) -> Tensor:
         """The logits [B, V] after tokens [B, T], of which the first `padding` [B] positions of each row are empty. Starts anew."""
