@@ -25,7 +25,7 @@ def blocks(page: str) -> list[str]:
 def test_links_and_names(page: str) -> None:
     text = (ROOT / page).read_text()
     for link in re.findall(r"\]\(([^)#\s]+)", text):
-        assert "://" in link or link.startswith("img/") or (ROOT / page).parent.joinpath(link).exists(), link  # img/: made by plot
+        assert "://" in link or (ROOT / page).parent.joinpath(link).exists(), link
     for name in re.findall(r"`(?:fm|fusedmerge)\.([a-z_]+(?:\.\w+)*)\b", text):
         found: object = fm
         for part in name.split("."):
