@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import fusedmerge as fm
 from fusedmerge import reference
 from fusedmerge.ops import torch_linear
-from tests import ops_kit
+from tests import kit, ops_kit
 
 NAMES = ("x", "weight", "a", "b", "gates", "scaling", "bias")  # what has a gradient
 
@@ -38,7 +38,7 @@ def make(tokens=3, dtype=torch.float64, **options):
         {"tokens": 3, "dtype": torch.float32, "popularity": "duplicate"},
     ],
 )
-@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("batched", kit.fast_first([True, False]))
 def test_opcheck_of_lora_linear(options, batched):
     operands = make(**options)
     if batched:
@@ -97,6 +97,7 @@ def test_compiled_without_a_graph_break(backend):
     assert any("lora_linear" in name for name in operators) and any("route_topk" in name for name in operators)
 
 
+@pytest.mark.slow
 def test_compiled_first_thing_in_a_process():
     """The package is lazy: the operators must be found although nothing has used them yet."""
     code = (

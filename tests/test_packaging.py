@@ -75,6 +75,7 @@ def test_constraints_pin_torch_and_the_tools_alike() -> None:
             assert pins[name] == version, requirement
 
 
+@pytest.mark.slow
 def test_the_log_level_is_taken_from_the_environment():
     script = "import torch, fusedmerge as fm; fm.AdapterBank.random({'w': torch.zeros(4, 4).bfloat16() + 1}, 1, 2)"
     for level, heard in (("INFO", True), ("error", False), ("", False)):
