@@ -252,8 +252,11 @@ def _sglang_stubs() -> dict[str, dict[str, Any]]:
         """In place of a cache of launches, which only shortens their Python: `@cached(key)` above the kernel."""
         return lambda kernel: kernel
 
+    def device_name() -> str:
+        return torch.cuda.get_device_name() if torch.cuda.is_available() else "none"  # of a table of tuned sizes
+
     return {
         "sglang.srt.environ": {"envs": _Settings()},
         "sglang.srt.lora.utils": {"LoRABatchInfo": types.SimpleNamespace},
-        "sglang.srt.utils": {"cached_triton_kernel": cached, "get_device_name": torch.cuda.get_device_name},
+        "sglang.srt.utils": {"cached_triton_kernel": cached, "get_device_name": device_name},
     }

@@ -139,6 +139,10 @@ class Decoder:
             return F.linear(x, *self.packed[names[0]]).split([len(self.weights[name]) for name in names], dim=-1)
         return [F.linear(x, self.weights[name], self.weights.get(bias_name(name))) for name in names]
 
+    def norm(self, x: Tensor, name: str) -> Tensor:
+        """RMSNorm of x [..., hidden] with the weight `name`."""
+        return F.rms_norm(x, (self.config.hidden,), self.weights[name], self.config.norm_eps)
+
     @torch.no_grad()
     def hidden(self, tokens: Tensor, cache: Cache, positions: Tensor, span: int, apply: Apply) -> Tensor:
         """The last hidden states [B, T, hidden] of tokens [B, T] at `positions` [T] of the cache, which takes their keys and values.
@@ -152,12 +156,10 @@ class Decoder:
         masks = {window: self._mask(cache, positions, span, window) for window in set(self.config.windows)}  # [B, 1, T, span] each
         with group_once():  # layers that share a route share its grouping, where there are many tokens
             for layer, names in enumerate(self.names):
-                mask = masks[self.config.windows[layer]]
-                seen = self._norm(x, f"model.layers.{layer}.input_layernorm.weight")  # [B, T, hidden]
-                x = x + self._attention(layer, seen, cache, positions, rope, mask, apply)  # [B, T, hidden]
-                seen = self._norm(x, f"model.layers.{layer}.post_attention_layernorm.weight")  # [B, T, hidden]
-                x = x + apply.mlp(seen, names["gate_proj"], names["up_proj"], names["down_proj"])  # [B, T, hidden]
-        return self._norm(x, "model.norm.weight")
+                x = self._attention(layer, x, cache, positions, rope, masks[self.config.windows[layer]], apply)  # [B, T, hidden]
+                norm = f"model.layers.{layer}.post_attention_layernorm.weight"
+                x = apply.feed_forward(x, norm, names["gate_proj"], names["up_proj"], names["down_proj"])  # [B, T, hidden]
+        return self.norm(x, "model.norm.weight")
 
     def head(self, hidden: Tensor) -> Tensor:
         """[..., hidden] -> logits [..., V]."""
@@ -176,14 +178,13 @@ class Decoder:
             cache.padding.copy_(padding)
         return self.head(self.hidden(tokens, cache, cache.slots, tokens.shape[1], make(self, strategy)))
 
-    def _norm(self, x: Tensor, name: str) -> Tensor:
-        return F.rms_norm(x, (self.config.hidden,), self.weights[name], self.config.norm_eps)  # [B, T, hidden]
-
     def _attention(
         self, layer: int, x: Tensor, cache: Cache, positions: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, apply: Apply
     ) -> Tensor:
+        """x + attention(norm x), [B, T, hidden]."""
         names, width = self.names[layer], self.config.head_dim
-        q, k, v = apply.project(x, (names["q_proj"], names["k_proj"], names["v_proj"]))  # [B, T, H D], [B, T, K D] twice
+        norm = f"model.layers.{layer}.input_layernorm.weight"
+        q, k, v = apply.project_normed(x, norm, (names["q_proj"], names["k_proj"], names["v_proj"]))  # [B, T, H D], [B, T, K D] twice
         q = _rotate(q.unflatten(-1, (-1, width)).transpose(1, 2), rope)  # [B, H, T, D]
         k = _rotate(k.unflatten(-1, (-1, width)).transpose(1, 2), rope)  # [B, K, T, D]
         keys, values = cache.keys[layer], cache.values[layer]  # [B, K, S, D]
@@ -191,7 +192,7 @@ class Decoder:
         values.index_copy_(2, positions, v.unflatten(-1, (-1, width)).transpose(1, 2))  # [B, K, T, D]
         span = mask.shape[-1]
         y = F.scaled_dot_product_attention(q, keys[:, :, :span], values[:, :, :span], mask, enable_gqa=q.shape[1] != keys.shape[1])
-        return apply.project(y.transpose(1, 2).flatten(-2), (names["o_proj"],))[0]  # [B, T, H D] -> [B, T, hidden]
+        return apply.project_added(y.transpose(1, 2).flatten(-2), names["o_proj"], x)  # [B, T, H D] -> [B, T, hidden]
 
     @staticmethod
     def _mask(cache: Cache, positions: Tensor, span: int, window: int | None) -> Tensor:

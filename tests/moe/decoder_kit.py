@@ -150,6 +150,21 @@ def forced(decoder, strategy, tokens, prompt):
     return torch.stack(found, dim=1)
 
 
+def routed(decoder, strategy, tokens, prompt):
+    """`forced` without a graph, and the experts with the routes that were taken, wherever they were decided."""
+    experts, routes, found = decoder.experts, {name: [] for name in decoder.experts.routers}, []
+    with DecoderSession(decoder, strategy, *tokens.shape) as session:
+        session._captures = False
+        for start, end in ((0, prompt), *((t, t + 1) for t in range(prompt, tokens.shape[1]))):
+            found.append(session.step(tokens[:, start]).clone() if start else session.prefill(tokens[:, :end]))
+            chosen = (session._decode if start else session._prefill).chosen
+            for name, taken in routes.items():
+                taken.append(tuple(part.cpu().clone() for part in chosen[name]))
+    joined = {name: tuple(torch.cat(part, dim=1) for part in zip(*taken, strict=True)) for name, taken in routes.items()}
+    played = {name: (lambda x, name=name: joined[name]) for name in joined}
+    return torch.stack(found, dim=1), ExpertSet(experts.method, experts.linears, played)
+
+
 def relative(got, exact):
     """||got - exact|| / ||exact|| per token [B, T]."""
     return (got.double() - exact).norm(dim=-1) / exact.norm(dim=-1)

@@ -9,9 +9,11 @@ import torch
 
 import fusedmerge as fm
 from fusedmerge.moe.decoder import Decoder
+from fusedmerge.moe.experts import ExpertSet
+from fusedmerge.moe.fused_kernels import FusedKernels
 from fusedmerge.moe.measure import count_launches
 from fusedmerge.moe.session import DecoderSession
-from tests.moe.decoder_kit import Recorder, forced, relative, truth_logits, write_model
+from tests.moe.decoder_kit import forced, relative, routed, truth_logits, write_model
 
 pytestmark = pytest.mark.gpu
 RUNS = [("lora_switch", "backbone")]
@@ -37,6 +39,7 @@ def test_a_captured_step(tmp_path, method, strategy, packed):
     decoder = Decoder.from_pretrained(base, experts=experts, device="cuda", packed=packed)
     found = []
     with DecoderSession(decoder, strategy, 1, 60) as session:
+        assert isinstance(session._decode, FusedKernels) == (strategy == "fused")
         found.append(session.prefill(tokens[:, :9].cuda()))
         found.append(session.step(tokens[:, 9].cuda()).clone())
         assert session._graph is not None
@@ -51,16 +54,10 @@ def test_a_captured_step(tmp_path, method, strategy, packed):
     if strategy == "backbone":
         exact = truth_logits(plain, None, tokens)
     else:
-        recorder = Recorder(decoder.experts)
-        decoder.experts = recorder.experts
-        with DecoderSession(decoder, strategy, 1, 60) as session:  # the same steps, where Python sees the routes
-            session._captures = False
-            session.prefill(tokens[:, :9].cuda())
-            for token in tokens[0, 9:].cuda().split(1):
-                session.step(token)
+        eager, played = routed(decoder, strategy, tokens.cuda(), 9)
+        assert torch.equal(eager.cpu(), logits)
         on_cpu = Decoder.from_pretrained(base, experts=experts)
-        recorder.found = {name: [tuple(part.cpu() for part in route) for route in routes] for name, routes in recorder.found.items()}
-        exact = truth_logits(plain, recorder.played_back(on_cpu.experts), tokens)
+        exact = truth_logits(plain, ExpertSet(on_cpu.experts.method, on_cpu.experts.linears, played.routers), tokens)
     error = relative(logits, exact[:, 8:])
     assert error.mean() < 1.5 * rounding.mean()
     assert error.max() < 2.5 * rounding.max()

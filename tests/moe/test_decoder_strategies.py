@@ -11,6 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import fusedmerge as fm
+from fusedmerge.backend import linear
 from fusedmerge.errors import ShapeError, StateError
 from fusedmerge.moe import session as session_module
 from fusedmerge.moe import strategies
@@ -265,12 +266,13 @@ def test_on_the_kernels_of_the_simulator(tmp_path, sim_library, monkeypatch, met
     monkeypatch.setenv("FUSEDMERGE_SIM_LIB", sim_library)
     monkeypatch.setenv("FUSEDMERGE_BACKEND", "sim")
     calls = Counter()
-    for name in ("decode_linear", "group_tokens", "add_adapters"):
-        kernel = getattr(library, name)
-        monkeypatch.setattr(library, name, lambda *args, name=name, kernel=kernel: (calls.update([name]), kernel(*args))[1])
+    for module, name in ((linear, "decode_group"), (library, "group_tokens"), (library, "add_adapters")):
+        kernel = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, name=name, kernel=kernel: (calls.update([name]), kernel(*args))[1])
     logits = forced(decoder, strategy, tokens, 17)
     assert calls["add_adapters"] == 7  # linears
-    assert calls["decode_linear"] == (0 if strategy == "merged" else 3 * 7)
+    groups = {"lora_switch": 4, "mola": 7, "mixlora": 2 + 3}[method]
+    assert calls["decode_group"] == (0 if strategy == "merged" else 3 * groups)
     assert calls["group_tokens"] == {"lora_switch": 1, "mola": 7, "mixlora": 2}[method]  # mixlora: attention, and the MLP
     exact = truth_logits(decoder, recorder.played_back(recorder.experts), tokens)[:, 16:]
     error = relative(logits, exact)

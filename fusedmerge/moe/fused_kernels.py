@@ -1,0 +1,179 @@
+"""Strategy `fused` on the kernels of fused application: up to 16 tokens take eight launches a layer, beside rotary positions and attention.
+
+    x -> [norm, router, shrink | q k v] -> attention -> [shrink | o, + x] -> [norm, shrink | gate up] -> [SiLU * up, shrink | down, + x]
+
+A bracket is a group: a prologue and a GEMV (docs/kernels/lora_linear.md). Linears without experts join the group that shares their x; a
+group of none needs no prologue, but for its norm or SiLU. Linears with routers of their own need a group for each router.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional as F
+
+from fusedmerge.backend import linear
+from fusedmerge.backend.linear import Known, Norm, Silu, Target
+from fusedmerge.backend.linear_params import MAX_TOKENS
+from fusedmerge.moe.decoder_files import bias_name
+from fusedmerge.moe.experts import ExpertSet, Routes
+from fusedmerge.moe.routing import Router, TableRouter
+from fusedmerge.moe.unmerged import Fused
+from fusedmerge.ops import route_topk
+from fusedmerge.ops.library import implementation
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fusedmerge.moe.decoder import Cache, Decoder
+
+__all__ = ["FusedKernels", "kernels_for"]
+
+_SPARE_BYTES = 2**23  # of A that a fused router may read for nothing: about a launch's time at 3 TB/s (an estimate)
+
+
+def kernels_for(decoder: Decoder) -> str | None:
+    """The backend ("sim", "jit" or "aot") whose kernels run all of the decoder's linears with their experts; None: torch does.
+
+    Raises BackendError for a backend that FUSEDMERGE_BACKEND names and that cannot be used here.
+    """
+    experts = decoder.experts
+    if experts is None:
+        return None
+    matrices = [decoder.weights[name] for names in decoder.names for name in names.values()]
+    factors = [factor for expert in experts.linears.values() for factor in (expert.a, expert.b)]
+    if any(tensor.stride(-1) != 1 for tensor in (*matrices, *factors) if tensor.numel()):
+        return None
+    most = max((len(expert.a) for expert in experts.linears.values()), default=0)
+    slots = max((_num_slots(experts, expert.router, len(expert.a)) for expert in experts.linears.values()), default=0)
+    name = implementation("Decoder", most, slots, decoder.head_weight)
+    return None if name == "torch" else name
+
+
+def _num_slots(experts: ExpertSet, name: str | None, num_experts: int) -> int:
+    """k of a router; of a function that does not tell it, N."""
+    if name is None:
+        return 1
+    router = experts.routers[name]
+    if isinstance(router, TableRouter):
+        return int(router.ids.shape[-1])
+    chosen = _choice(router)
+    return num_experts if chosen is None else chosen[1]
+
+
+def _choice(router: Routes) -> tuple[Tensor, int, bool] | None:
+    """(weight [N, in], k, normalize) of a router that is `route_topk` and nothing more; None for others."""
+    if isinstance(router, Router):
+        if router.in_features is None or router.top_k is None or router.gating == "topk_of_softmax_renormalized":
+            return None
+        return router.weight.detach(), router.top_k, router.gating == "softmax_of_topk"
+    if isinstance(router, partial) and router.func is route_topk and not router.args and {"router_weight", "k"} <= router.keywords.keys():
+        return router.keywords["router_weight"].detach(), router.keywords["k"], router.keywords.get("normalize", True)
+    return None
+
+
+class FusedKernels(Fused):
+    """Groups of linears in pairs of launches; more tokens than the kernels take go through `fusedmerge.lora_linear`, linear by linear."""
+
+    def __init__(self, decoder: Decoder, backend: str) -> None:
+        super().__init__(decoder)
+        self.backend = backend
+        self._targets = {name: self._target(name) for names in decoder.names for name in names.values()}
+        self._grouped = False
+
+    def _target(self, name: str) -> Target:
+        weights, expert = self.decoder.weights, self.experts.linears.get(name)
+        if expert is None:
+            return Target(weights[name], bias=weights.get(bias_name(name)))
+        return Target(weights[name], expert.a, expert.b, expert.scaling.float().contiguous(), weights.get(bias_name(name)))
+
+    def start(self, tokens: Tensor, cache: Cache) -> None:
+        super().start(tokens, cache)
+        self._grouped = tokens.numel() <= MAX_TOKENS
+
+    def project_normed(self, x: Tensor, norm: str, names: Sequence[str]) -> Sequence[Tensor]:
+        if not self._grouped:
+            return super().project_normed(x, norm, names)
+        return self._group(x, names, Norm(self.decoder.weights[norm], self.decoder.config.norm_eps))
+
+    def project_added(self, x: Tensor, name: str, stream: Tensor) -> Tensor:
+        if not self._grouped:
+            return super().project_added(x, name, stream)
+        return self._group(x, (name,), stream=stream)[0]
+
+    def feed_forward(self, x: Tensor, norm: str, gate: str, up: str, down: str) -> Tensor:
+        """MixLoRA's pairs of a token and an expert have no stream of their own: `Fused.mlp` runs them."""
+        if not self._grouped or self.experts.method == "mixlora":
+            return super().feed_forward(x, norm, gate, up, down)
+        gated, value = self.project_normed(x, norm, (gate, up))  # [B, T, intermediate] each
+        return self._group(gated, (down,), Silu(_rows(value)), x)[0]
+
+    def _group(self, x: Tensor, names: Sequence[str], source: Norm | Silu | None = None, stream: Tensor | None = None) -> list[Tensor]:
+        """The linears `names` of what `source` makes of x [B, T, in], plus `stream`: a pair of launches for each router among them."""
+        batch, rows = x.shape[:-1], _rows(x)
+        ys: dict[str, Tensor] = {}
+        residual = None if stream is None else _rows(stream)
+        for router, members in self._by_router(names):
+            routing: Known | linear.Router | None = None
+            if any(name in self.experts.linears for name in members):
+                routing = self._fusable(router, members, x)
+                if routing is None:
+                    if self._reads(router):
+                        rows, source = self._made(rows, source), None
+                    ids, gates = self.route(router, rows.unflatten(0, batch))
+                    routing = Known(_rows(ids).to(torch.int32), _rows(gates).float())
+            targets = [replace(self._targets[name], residual=residual) for name in members]
+            applied = linear.decode_group(self.backend, rows, targets, routing, source)
+            if isinstance(routing, linear.Router):
+                assert applied.ids is not None and applied.gates is not None
+                self.chosen[router] = applied.ids.unflatten(0, batch), applied.gates.unflatten(0, batch)
+            rows, source = applied.x, None
+            ys |= {name: y.unflatten(0, batch) for name, y in zip(members, applied.ys, strict=True)}
+        return [ys[name] for name in names]
+
+    def _by_router(self, names: Sequence[str]) -> list[tuple[str | None, list[str]]]:
+        """The names by router (and number of experts), those without experts in the first group."""
+        groups: dict[tuple[str | None, int], list[str]] = {}
+        linears = self.experts.linears
+        for name in names:
+            if name in linears:
+                groups.setdefault((linears[name].router, len(linears[name].a)), []).append(name)
+        plain = [name for name in names if name not in linears]
+        if plain:
+            groups.setdefault(next(iter(groups), (None, 0)), []).extend(plain)
+        return [(router, members) for (router, _), members in groups.items()]
+
+    def _reads(self, router: str | None) -> bool:
+        """Whether a router has yet to be asked, with x."""
+        return router is not None and router not in self.chosen and not isinstance(self.experts.routers[router], TableRouter)
+
+    def _fusable(self, router: str | None, members: Sequence[str], x: Tensor) -> linear.Router | None:
+        """The router as a part of the group's prologue, which then reads A of all N experts; None where it is asked by itself.
+
+        The number of tokens has no say: a token's bits do not depend on its batch.
+        """
+        choice = _choice(self.experts.routers[router]) if router is not None and self._reads(router) else None
+        if choice is None or choice[0].dtype not in (x.dtype, torch.float32) or choice[0].stride(-1) != 1:
+            return None
+        weight, k, normalize = choice
+        factors = [self.experts.linears[name].a for name in members if name in self.experts.linears]
+        spare = sum((len(a) - k) * a[0].numel() * a.element_size() for a in factors)
+        if spare > _SPARE_BYTES or any(len(a) != len(weight) for a in factors):
+            return None
+        return linear.Router(weight, k, normalize)
+
+    @staticmethod
+    def _made(x: Tensor, source: Norm | Silu | None) -> Tensor:
+        """What a prologue makes of x [T, in], by torch, for a router that is asked before."""
+        if isinstance(source, Norm):
+            return F.rms_norm(x, x.shape[-1:], source.weight, source.epsilon)
+        return x if source is None else F.silu(x) * source.up
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[B, T, ...] -> [B T, ...]."""
+    return x.flatten(0, 1)

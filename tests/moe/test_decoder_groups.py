@@ -1,0 +1,219 @@
+"""Strategy `fused` on the kernels: values, launches, what a token's bits depend on, and what runs where the kernels do not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+import fusedmerge as fm
+from fusedmerge.backend.kernels import SimLauncher
+from fusedmerge.moe import fused_kernels
+from fusedmerge.moe.decoder import Cache, Decoder
+from fusedmerge.moe.experts import ExpertSet
+from fusedmerge.moe.fused_kernels import FusedKernels
+from fusedmerge.moe.routing import Router, TableRouter
+from fusedmerge.moe.session import DecoderSession
+from fusedmerge.moe.strategies import make
+from fusedmerge.moe.unmerged import Fused
+from perf import model
+from tests.kit import bits
+from tests.moe.decoder_kit import forced, make_experts, relative, routed, truth_logits, write_model
+
+PAIR = ["prologue", "gemv"]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("model")
+    write_model(directory, dtype=torch.bfloat16, hidden_size=64, intermediate_size=100, attention_bias=True)
+    return directory
+
+
+@pytest.fixture
+def decoder(saved):
+    return Decoder.from_pretrained(saved)
+
+
+@pytest.fixture
+def on_simulator(sim_library, monkeypatch):
+    monkeypatch.setenv("FUSEDMERGE_SIM_LIB", sim_library)
+    monkeypatch.setenv("FUSEDMERGE_BACKEND", "sim")
+
+
+@pytest.fixture
+def launched(on_simulator, monkeypatch):
+    """The names of the kernels that were launched; each programmatically, where that may be."""
+    names, launch = [], SimLauncher.launch
+
+    def noted(self, kernel, params, grid, shared_bytes, programmatic=False):
+        name = kernel.name.split("_")[0]
+        assert programmatic or name not in ("prologue", "gemv") or names[-1:] != ["prologue"]
+        names.append(name)
+        launch(self, kernel, params, grid, shared_bytes, programmatic)
+
+    monkeypatch.setattr(SimLauncher, "launch", noted)
+    return names
+
+
+def random_tokens(*shape):
+    return torch.randint(0, 67, shape, generator=torch.Generator().manual_seed(5))
+
+
+def with_routers(experts, change):
+    return ExpertSet(experts.method, experts.linears, {name: change(router) for name, router in experts.routers.items()})
+
+
+def as_module(router):
+    """What `inject` leaves: a float32 router."""
+    weight = router.keywords["router_weight"]
+    made = Router(*weight.shape, router.keywords["k"], "softmax_of_topk", 0.02, 0, weight.device)
+    made.weight.data.copy_(weight)
+    return made
+
+
+def assert_near_truth(decoder, tokens, prompt):
+    """The fused logits are as near to the truth as bfloat16 leaves the plain backbone's; returns the experts over the routes taken."""
+    plain = truth_logits(decoder, None, tokens)[:, prompt - 1 :]
+    rounding = relative(forced(decoder, "backbone", tokens, prompt), plain)
+    logits, played = routed(decoder, "fused", tokens, prompt)
+    exact = truth_logits(decoder, played, tokens)[:, prompt - 1 :]
+    error = relative(logits, exact)
+    assert error.mean() < 1.3 * rounding.mean()
+    assert error.max() < 2 * rounding.max()
+    assert relative(plain, exact).min() > 2 * error.max()  # the experts matter at every token
+    return played
+
+
+ROUTERS = {"fused": lambda router: router, "module": as_module, "asked": lambda router: partial(partial.__call__, router)}
+CASES = [("lora_switch", kind) for kind in ROUTERS] + [("mola", "fused"), ("mola", "asked"), ("lora", "fused")]
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize(("method", "kind"), CASES)
+def test_each_token_is_within_bfloat16_rounding_of_the_truth(decoder, on_simulator, method, kind, batch):
+    decoder.experts = with_routers(make_experts(decoder, method), ROUTERS[kind])
+    assert isinstance(make(decoder, "fused"), FusedKernels)
+    played = assert_near_truth(decoder, random_tokens(batch, 8), 3)
+    if batch > 1 and method != "lora":
+        ids = next(iter(played.routers.values()))(None)[0]
+        assert all(len(torch.unique(ids[:, t], dim=0)) > 1 for t in range(3, 8))
+
+
+def test_the_prologues_norm_rounds_as_transformers_does(decoder, on_simulator):
+    """A group's x against transformers' module, bit for bit but for float32's last place."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    decoder.experts = ExpertSet("lora", {}, {})
+    name = "model.layers.1.input_layernorm.weight"
+    norm = LlamaRMSNorm(64, decoder.config.norm_eps)
+    norm.weight.data = decoder.weights[name]
+    x = torch.randn(4, 1, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    apply = make(decoder, "fused")
+    apply.start(random_tokens(4, 1), None)
+    apply._targets["identity"] = replace(apply._targets[decoder.names[0]["q_proj"]], weight=torch.eye(64).bfloat16(), bias=None)
+    got = apply.project_normed(x, name, ["identity"])[0]
+    assert (got != norm(x)).sum() <= 1
+    assert (decoder.norm(x, name) != norm(x)).sum() > 1  # torch's own does not round in between
+
+
+# ---------------------------------------------------------------------- launches
+
+
+def step_launches(decoder, launched, batch=1):
+    with DecoderSession(decoder, "fused", batch, 20) as session:
+        session.prefill(random_tokens(batch, 2))
+        launched.clear()
+        session.step(random_tokens(batch))
+    return list(launched)
+
+
+@pytest.mark.parametrize(("method", "pairs"), [("lora_switch", 4), ("lora", 4), ("mola", 7)])
+def test_launches_of_a_step(decoder, launched, method, pairs):
+    decoder.experts = make_experts(decoder, method)
+    assert step_launches(decoder, launched, batch=2) == PAIR * pairs * decoder.config.layers
+    if pairs == 4:
+        assert 2 * pairs == model.FUSED_LAUNCHES - 1  # attention
+
+
+def test_a_router_apart_is_one_launch_more(decoder, launched, monkeypatch):
+    decoder.experts = make_experts(decoder)
+    monkeypatch.setattr(fused_kernels, "_SPARE_BYTES", 0)
+    assert step_launches(decoder, launched) == ["route", *PAIR * 8]
+
+
+def test_linears_without_experts_join_the_others(decoder, launched):
+    whole = make_experts(decoder)
+    few = {name: linear for name, linear in whole.linears.items() if "k_proj" in name or "down_proj" in name}
+    decoder.experts = ExpertSet("lora_switch", few, whole.routers)
+    assert step_launches(decoder, launched) == [*PAIR, "gemv", *PAIR, *PAIR] * 2
+    assert_near_truth(decoder, random_tokens(2, 5), 3)
+
+
+# ---------------------------------------------------------------------- bits
+
+
+def linears_of_a_layer(apply, decoder, x, attended):
+    """What passes through the kernels for x [B, 1, hidden]: all of a layer but its attention."""
+    apply.start(torch.zeros(x.shape[:2], dtype=torch.int64), Cache(decoder, len(x), 1))
+    names, norms = decoder.names[0], [f"model.layers.0.{part}_layernorm.weight" for part in ("input", "post_attention")]
+    outs = list(apply.project_normed(x, norms[0], [names[part] for part in ("q_proj", "k_proj", "v_proj")]))
+    outs.append(apply.project_added(attended, names["o_proj"], x))
+    outs.append(apply.feed_forward(outs[-1], norms[1], names["gate_proj"], names["up_proj"], names["down_proj"]))
+    return outs
+
+
+@pytest.mark.parametrize(("method", "kind"), [("lora_switch", "fused"), ("lora_switch", "asked"), ("mola", "module")])
+def test_a_tokens_bits_do_not_depend_on_the_batch(decoder, on_simulator, method, kind):
+    decoder.experts = with_routers(make_experts(decoder, method), ROUTERS[kind])
+    apply = make(decoder, "fused")
+    x, attended = torch.randn(2, 11, 1, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    whole = linears_of_a_layer(apply, decoder, x, attended)
+    ids = next(iter(apply.chosen.values()))[0]
+    assert len(torch.unique(ids, dim=0)) > 3
+    for rows in ([3], [10, 0, 5, 3]):
+        for among, alone in zip(whole, linears_of_a_layer(apply, decoder, x[rows], attended[rows]), strict=True):
+            assert bits(among[rows]) == bits(alone)
+
+
+def test_tokens_without_experts_get_the_backbones_bits_and_no_factor_is_read(decoder, on_simulator):
+    experts = make_experts(decoder)
+    nothing = {name: replace(linear, a=linear.a * float("nan"), b=linear.b * float("nan")) for name, linear in experts.linears.items()}
+    empty = TableRouter(torch.full((67, 2), -1), torch.zeros(67, 2))
+    x, attended = torch.randn(2, 3, 1, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    outs = []
+    for linears in (nothing, {}):
+        decoder.experts = ExpertSet("lora_switch", linears, {"token": empty})
+        outs.append(linears_of_a_layer(make(decoder, "fused"), decoder, x, attended))
+    assert all(bits(one) == bits(other) and one.isfinite().all() for one, other in zip(*outs, strict=True))
+
+
+# ---------------------------------------------------------------------- where the kernels do not run
+
+
+def test_more_than_16_tokens_go_linear_by_linear(decoder, launched):
+    decoder.experts = make_experts(decoder)
+    assert_near_truth(decoder, random_tokens(3, 6), 6)
+    assert launched and not {"prologue", "gemv"} & set(launched)
+
+
+def test_what_the_kernels_do_not_take(decoder, on_simulator, monkeypatch):
+    experts = make_experts(decoder)
+    table = partial(ExpertSet, "lora_switch", experts.linears)
+    for width, kind in ((32, FusedKernels), (33, Fused)):
+        decoder.experts = table({"token": TableRouter(torch.zeros(67, width), torch.zeros(67, width))})
+        assert type(make(decoder, "fused")) is kind
+    decoder.experts = experts
+    name = decoder.names[0]["q_proj"]
+    wide = decoder.to(torch.float32)
+    assert type(make(wide, "fused")) is Fused
+    held, decoder.weights[name] = decoder.weights[name], decoder.weights[name].T.contiguous().T
+    assert type(make(decoder, "fused")) is Fused
+    decoder.weights[name] = held
+    monkeypatch.setenv("FUSEDMERGE_BACKEND", "cpu")
+    assert type(make(decoder, "fused")) is Fused
+    with pytest.raises(fm.FusedMergeError, match="FUSEDMERGE_BACKEND"):
+        monkeypatch.setenv("FUSEDMERGE_BACKEND", "none")
+        make(decoder, "fused")
