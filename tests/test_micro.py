@@ -132,6 +132,7 @@ def test_every_launch_hands_over_what_the_kernel_takes(compiled, measured):
 STRUCTS = {"copy": [m1_tiles.TiledCopy], "multiply": [m2_multiply.MultiplyCopy], "gemv": [m4_gemv.Gemv, m5_handover.Shrink]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STRUCTS)
 def test_structs_have_the_kernels_fields(name, tmp_path):
     nvcc = find_tool("nvcc") or pytest.skip("nvcc is not installed")

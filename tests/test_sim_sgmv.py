@@ -122,7 +122,7 @@ def test_shapes(rng, tokens, cols, out, rank, slots):
     check(batch, batch.run())
 
 
-@pytest.mark.parametrize("seed", kit.fast_first(range(24), 8))
+@pytest.mark.parametrize("seed", kit.fast_first(range(24), 5))
 def test_random_batches(seed):
     """Everything at once: sizes, slots, popularity, dtype, alignment, device, order."""
     rng = np.random.default_rng(seed)
