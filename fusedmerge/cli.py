@@ -59,8 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--quiet", action="store_true", help="no progress bar")
     merge.set_defaults(run=_merge)
 
-    demo = commands.add_parser("demo", help="merge, switch and compare with PEFT on a small model made on the spot")
-    demo.add_argument("--out", default="demo-out", metavar="DIR", help="where to write drift.png, demo.json and the checkpoints")
+    demo = commands.add_parser("demo", help="merge, switch and decode with a small model made on the spot, beside PEFT and float64")
+    demo.add_argument("--out", default="demo-out", metavar="DIR", help="where to write the pictures, demo.json and the checkpoints")
     demo.add_argument("--switches", type=_positive, default=1000, metavar="N", help="switches in the drift table (default: 1000)")
     demo.add_argument("--quiet", action="store_true", help="no progress bar")
     demo.set_defaults(run=_demo)

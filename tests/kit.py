@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import numpy as np
+import pytest
 import torch
 
 import fusedmerge as fm
@@ -10,6 +14,12 @@ from fusedmerge import reference
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CORRECT_SHARE = {torch.bfloat16: 0.999, torch.float16: 0.995, torch.float32: 0.0}
+
+
+def fast_first(values: Iterable[Any], fast: int = 1) -> list[Any]:
+    """Parameters of which `make test-fast` runs the first ones only. A tuple stands for several arguments."""
+    cases = [value if isinstance(value, tuple) else (value,) for value in values]
+    return [pytest.param(*case, marks=[pytest.mark.slow] if i >= fast else []) for i, case in enumerate(cases)]
 
 
 def name_of(dtype: torch.dtype) -> str:

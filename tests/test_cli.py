@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import fusedmerge
 from fusedmerge import cli
 from fusedmerge.commands.inspect import inspect_adapter
+from tests import kit
 
 ROOT = Path(fusedmerge.__file__).parent.parent
 
@@ -252,12 +253,14 @@ def test_doctor_text(capsys):
 
 @pytest.mark.parametrize(
     "failure",
-    [
-        "raise OSError('libcudart.so.13: cannot open shared object file')",
-        "raise RuntimeError('no\\nluck')",
-        "import sys; sys.exit('gone')",
-        "x =",
-    ],
+    kit.fast_first(
+        [
+            "raise OSError('libcudart.so.13: cannot open shared object file')",
+            "raise RuntimeError('no\\nluck')",
+            "import sys; sys.exit('gone')",
+            "x =",
+        ]
+    ),
 )
 def test_doctor_with_broken_torch_and_cupy(failure, tmp_path):
     for name in ("torch", "cupy"):

@@ -95,11 +95,13 @@ def check_figures(report: str, count: int) -> None:
         assert figures["registers"] <= CEILING[kind], (name, figures)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_registers_and_spills(compile_representative, arch):
     check_figures(compile_representative(arch)[1], 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_instructions(compile_representative, cuobjdump, arch):
     text = subprocess.run([cuobjdump, "-sass", str(compile_representative(arch)[0])], capture_output=True, text=True, check=True).stdout
@@ -118,6 +120,7 @@ def test_instructions(compile_representative, cuobjdump, arch):
             assert len(re.findall(r"\bHMMA\.16816\.F32", body)) >= 128  # eight slices of sixteen, unrolled
 
 
+@pytest.mark.slow
 def test_kernels_with_mode_and_depth_fixed(nvcc, tmp_path):
     source = tmp_path / "specialised.cu"
     source.write_text(SPECIALISED)

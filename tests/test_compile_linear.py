@@ -42,6 +42,7 @@ def kind_of(name: str) -> str:
     return next(kind for kind in CEILING if f"{kind}_kernel" in name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", test_compile.ARCHITECTURES)
 def test_registers_and_spills(compiled, arch):
     found = test_compile.kernels(compiled(arch)[1])
@@ -77,6 +78,7 @@ def test_the_library_s_instances_compile(nvcc, tmp_path):
         assert (figures["stack"], figures["stores"], figures["loads"]) == (0, 0, 0) and figures["registers"] <= 128, (name, figures)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", ["run_prologue<Bf16, 1>", "run_gemv<Fp16, 2>"])
 def test_the_jit_s_source_compiles(tmp_path, monkeypatch, call):
     pytest.importorskip("cupy").cuda.nvrtc  # noqa: B018 (skips where there is none)

@@ -15,6 +15,8 @@ from fusedmerge.commands.demo_setup import ModelSize, PeftSwitch, build_llama, c
 from fusedmerge.errors import FusedMergeError
 from fusedmerge.moe.config import METHODS
 
+pytestmark = pytest.mark.slow
+
 CONFIG = demo.DemoConfig(model=ModelSize(hidden=64, intermediate=96, layers=1, heads=2, vocab=64), switches=25, tokens=6)
 
 

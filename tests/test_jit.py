@@ -111,6 +111,7 @@ def test_an_interrupted_write_leaves_nothing(cache, monkeypatch):
     assert not list(cache.iterdir())
 
 
+@pytest.mark.slow
 def test_processes_that_compile_at_once_agree(cache):
     code = (
         "from fusedmerge.backend import compiler, jit\n"

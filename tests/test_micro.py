@@ -17,7 +17,7 @@ from fusedmerge.commands import plot
 from perf.evidence import begin
 from perf.micro import device, driver, m1_tiles, m2_multiply, m3_products, m4_gemv, m5_handover
 from perf.micro.__main__ import BENCHMARKS, KERNEL_FILES, main, run
-from tests import micro_kit
+from tests import kit, micro_kit
 from tests.test_compile import ROOT, compile_cubin, find_tool, kernels
 
 ARCHITECTURES = ["sm_90a", *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("sm_80", "sm_100", "sm_120"))]
@@ -97,7 +97,7 @@ def measured(tmp_path_factory):
     return measure
 
 
-@pytest.mark.parametrize("name", ["m0", "m1", "m2", "m3", "m4", "m5"])
+@pytest.mark.parametrize("name", kit.fast_first(["m0", "m1", "m2", "m3", "m4", "m5"]))
 def test_the_host_side(measured, name, tmp_path):
     right, _, results = measured(name)
     assert right
@@ -132,6 +132,7 @@ def test_every_launch_hands_over_what_the_kernel_takes(compiled, measured):
 STRUCTS = {"copy": [m1_tiles.TiledCopy], "multiply": [m2_multiply.MultiplyCopy], "gemv": [m4_gemv.Gemv, m5_handover.Shrink]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STRUCTS)
 def test_structs_have_the_kernels_fields(name, tmp_path):
     nvcc = find_tool("nvcc") or pytest.skip("nvcc is not installed")
@@ -174,8 +175,10 @@ def spoil(twin, kernel):
 
 @pytest.mark.parametrize(
     ("name", "kernel"),
-    [("m0", "copy"), ("m0", "read"), ("m1", "tiled_copy"), ("m2", "multiply_copy"), ("m2", "mma_peak"), ("m3", "products_bf16"),
-     ("m4", "gemv_plain"), ("m5", "gemv_plain"), ("m5", "shrink")],
+    kit.fast_first(
+        [("m0", "copy"), ("m0", "read"), ("m1", "tiled_copy"), ("m2", "multiply_copy"), ("m2", "mma_peak"), ("m3", "products_bf16"),
+         ("m4", "gemv_plain"), ("m5", "gemv_plain"), ("m5", "shrink")]
+    ),
 )  # fmt: skip
 def test_a_wrong_kernel_is_told(name, kernel, tmp_path, capsys):
     twin = micro_kit.TwinDevice()

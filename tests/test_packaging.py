@@ -75,6 +75,7 @@ def test_constraints_pin_torch_and_the_tools_alike() -> None:
             assert pins[name] == version, requirement
 
 
+@pytest.mark.slow
 def test_the_log_level_is_taken_from_the_environment():
     script = "import torch, fusedmerge as fm; fm.AdapterBank.random({'w': torch.zeros(4, 4).bfloat16() + 1}, 1, 2)"
     for level, heard in (("INFO", True), ("error", False), ("", False)):
@@ -82,3 +83,9 @@ def test_the_log_level_is_taken_from_the_environment():
             [sys.executable, "-c", script], env={**os.environ, "FUSEDMERGE_LOGLEVEL": level}, check=True, capture_output=True, text=True
         )
         assert ("narrowing its factors" in done.stderr) == heard
+
+
+def test_the_stub_names_what_the_extension_has():
+    metadata()
+    stub = set(re.findall(r"^def (\w+)", (ROOT / "fusedmerge/_ext.pyi").read_text(), re.MULTILINE))
+    assert stub == {name for name in dir(importlib.import_module("fusedmerge._ext")) if not name.startswith("_")}

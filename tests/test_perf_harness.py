@@ -101,6 +101,7 @@ def test_third(suite):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("second", "options", "cases"),
     [

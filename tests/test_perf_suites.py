@@ -449,6 +449,7 @@ def test_tables_of_these_suites():
     assert tables[1].startswith("| r = 16, top-2: tokens (T) | ours |")
 
 
+@pytest.mark.slow
 def test_the_ablations_are_collected_once():
     command = [sys.executable, "-m", "pytest", "perf", "--collect-only", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-k", "routing"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

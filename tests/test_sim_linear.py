@@ -42,7 +42,7 @@ ORDERS = [
 
 
 @pytest.mark.parametrize("tensor_core", [0, 1], ids=["a100", "h100"])
-@pytest.mark.parametrize("num_tokens", [3, 11])
+@pytest.mark.parametrize("num_tokens", [pytest.param(3, marks=pytest.mark.slow), 11])
 def test_same_bits_whatever_runs_it(num_tokens, tensor_core):
     problem = kit.make(num_tokens, 2060, rows=(70, 20), ranks=(20, 33))
     seen = set()

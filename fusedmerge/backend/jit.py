@@ -30,7 +30,7 @@ def problem() -> str | None:
     except ImportError as error:
         return f"CuPy cannot be imported ({error}): pip install 'fusedmerge[cuda13]' (or cuda12)"
     except Exception as error:  # CuPy tells a missing NVRTC in several ways
-        return f"CuPy finds no NVRTC: {error}"
+        return " ".join(f"CuPy finds no NVRTC: {error}".split())
     return extension_problem() or gpu_problem()
 
 

@@ -16,7 +16,7 @@ from fusedmerge.moe.config import LoRAMoEConfig
 from fusedmerge.moe.inject import eject, inject
 from fusedmerge.moe.published import PREFIX, stacked
 from fusedmerge.moe.routing import TableRouter
-from fusedmerge.moe.structure import Structure, structure
+from fusedmerge.moe.structure import Structure, injected
 from fusedmerge.moe.targets import make_plan, token_embedding
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def compose(
     tensors = stacked(members, plan, int(config.r or 0))
     inject(model, config, seed)
     try:
-        made = structure(model)
+        made = injected(model, "compose")
         for name, part in made.parts.items():
             for attribute, field in (("lora_A", "lora_A.weight"), ("lora_B", "lora_B.weight"), ("scaling", "scaling")):
                 own: torch.Tensor = getattr(part, attribute)
@@ -138,7 +138,7 @@ def token_table(model: Any, chunk: int = 4096) -> TableRouter:
     Found by execution: one forward up to that linear for each `chunk` of the vocabulary, and one to see that neither position nor
     neighbours change its input. Raises StateError where they do, or where no router is shared by all layers.
     """
-    made = structure(model)
+    made = injected(model, "token_table")
     router, first = made.routers.get("router"), next(iter(made.linears.values()), None)
     embedding = token_embedding(model)
     if made.config.method != "lora_switch" or router is None or first is None or embedding is None:

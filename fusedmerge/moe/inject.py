@@ -13,7 +13,7 @@ from fusedmerge.moe.blocks import MixLoRABlock, PESCBlock
 from fusedmerge.moe.config import LoRAMoEConfig
 from fusedmerge.moe.layers import MoELinear
 from fusedmerge.moe.routing import Router, TableRouter
-from fusedmerge.moe.structure import _ATTRIBUTE, Structure, structure
+from fusedmerge.moe.structure import _ATTRIBUTE, Structure, injected
 from fusedmerge.moe.targets import Plan, Site, make_plan, token_embedding
 from fusedmerge.moe.xlora import XLoRAClassifier, XLoRAOptions, hidden_size_of
 from fusedmerge.weights import canonical_name
@@ -45,7 +45,7 @@ def inject(model: nn.Module, config: LoRAMoEConfig, seed: int = 0) -> nn.Module:
 
 def eject(model: nn.Module) -> nn.Module:
     """Give the model back as it was before `inject`: its own linears, and which of its parameters wanted gradients. Raises StateError."""
-    structure(model).detach()
+    injected(model, "eject").detach()
     return model
 
 

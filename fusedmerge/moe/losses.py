@@ -32,9 +32,9 @@ def aux_loss(model: torch.nn.Module) -> torch.Tensor:
     The forward must have been made with gradients on, with labels, or inside `structure(model).recording()`: others keep no logits.
     Raises StateError.
     """
-    from fusedmerge.moe.structure import structure
+    from fusedmerge.moe.structure import injected
 
-    found = structure(model)
+    found = injected(model, "aux_loss")
     if found.last_loss is None:
         raise StateError("aux_loss", "model", "a forward before it, with gradients on, with labels or in recording()", "none")
     return found.last_loss()

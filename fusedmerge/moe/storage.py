@@ -24,7 +24,7 @@ from fusedmerge.moe.config import LoRAMoEConfig
 from fusedmerge.moe.inject import eject, inject
 from fusedmerge.moe.published import PREFIX
 from fusedmerge.moe.routing import Router
-from fusedmerge.moe.structure import Structure, structure
+from fusedmerge.moe.structure import Structure, injected
 
 if TYPE_CHECKING:
     PathLike = str | os.PathLike[str]
@@ -43,7 +43,7 @@ def save(model: nn.Module, directory: PathLike) -> None:
     """
     from safetensors.torch import save_file
 
-    made = structure(model)
+    made = injected(model, "save")
     if not isinstance(directory, (str, os.PathLike)):
         raise InvalidTypeError("save", "directory", "a path", type(directory).__name__)
     path = Path(directory)
@@ -83,7 +83,7 @@ def load(
     if fresh:
         inject(model, config)
     try:
-        made = structure(model)
+        made = injected(model, "load")
         if made.config != config:
             own, saved = made.config.to_dict(), config.to_dict()
             other = [f"{name}: {own[name]!r} and {saved[name]!r}" for name in own if own[name] != saved[name]]

@@ -30,12 +30,17 @@ _ATTRIBUTE = "_fusedmerge_moe"
 
 def structure(model: nn.Module) -> Structure:
     """What `inject` made of `model`; a wrapper's (DDP's, torch.compile's) is that of the model inside. Raises StateError."""
+    return injected(model, "structure")
+
+
+def injected(model: nn.Module, operation: str) -> Structure:
+    """`structure`, for a call that raises in its own name."""
     found = getattr(model, _ATTRIBUTE, None)
     for name in ("module", "_orig_mod"):
         if found is None and isinstance(getattr(model, name, None), nn.Module):
             found = getattr(getattr(model, name), _ATTRIBUTE, None)
     if not isinstance(found, Structure):
-        raise StateError("structure", "model", "a model that fusedmerge.moe.inject has adapted", type(model).__name__)
+        raise StateError(operation, "model", "a model that fusedmerge.moe.inject has adapted", type(model).__name__)
     return found
 
 

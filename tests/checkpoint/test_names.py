@@ -127,6 +127,7 @@ def test_values_that_change_under_one_name_are_refused():
         found.find(["q_proj.weight"], "a", "merge")
 
 
+@pytest.mark.slow
 def test_child_process_answers_as_this_process(tmp_path):
     """Where transformers is not loaded, it is asked in a process that ends before the merge begins."""
     base = save(build("mixtral"), tmp_path / "base")

@@ -19,6 +19,7 @@ from fusedmerge.moe.decoder import Decoder
 from fusedmerge.moe.experts import ExpertSet
 from fusedmerge.moe.session import DecoderSession
 from fusedmerge.ops import library
+from tests import kit
 from tests.kit import bits
 from tests.moe.decoder_kit import Recorder, forced, make_experts, relative, truth_logits, write_model
 
@@ -50,7 +51,7 @@ def backbone(directory):
 
 @pytest.mark.parametrize(
     ("method", "strategy", "packed"),
-    [(*case, False) for case in CASES if case[0] != "lora"] + [("lora_switch", strategy, True) for strategy in ("unfused", "merged")],
+    kit.fast_first([("lora_switch", "merged", True), ("lora_switch", "unfused", True), *((*c, False) for c in CASES if c[0] != "lora")], 2),
 )
 def test_200_tokens_are_within_bfloat16_rounding_of_the_truth(backbone, directory, method, strategy, packed):
     plain, tokens, without, rounding = backbone
@@ -250,7 +251,8 @@ def test_capture_and_replay(directory, monkeypatch, strategy):
 
 
 @pytest.mark.parametrize(
-    ("method", "strategy"), [("lora_switch", "merged"), ("lora_switch", "fused"), ("mola", "fused"), ("mixlora", "fused")]
+    ("method", "strategy"),
+    kit.fast_first([("lora_switch", "fused"), ("lora_switch", "merged"), ("mola", "fused"), ("mixlora", "fused")]),
 )
 def test_on_the_kernels_of_the_simulator(tmp_path, sim_library, monkeypatch, method, strategy):
     """A prompt of 17 tokens (SGMV), then steps of one (the fused GEMV, or the switch kernel), through the CUDA sources."""

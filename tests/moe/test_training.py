@@ -41,7 +41,7 @@ def clusters() -> tuple[torch.Tensor, torch.Tensor]:
     return x, torch.einsum("toi,ti->to", maps[which], x)
 
 
-@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("k", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_learns_what_one_matrix_cannot(k: int) -> None:
     """The best single matrix of any rank is known by least squares; routed experts of rank WIDTH / 2 get below it by far."""
     x, y = clusters()
