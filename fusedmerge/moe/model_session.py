@@ -14,7 +14,7 @@ from fusedmerge.errors import InvalidTypeError, StateError
 from fusedmerge.moe.experts import ExpertLinear
 from fusedmerge.moe.layers import MoELinear
 from fusedmerge.moe.routing import TableRouter
-from fusedmerge.moe.strategies import MERGED, add_unfused, full, merge_simple, one_route
+from fusedmerge.moe.strategies import MERGED, add_unfused, merge_simple, one_route
 from fusedmerge.moe.structure import Structure, structure
 from fusedmerge.ops import group_once, lora_linear
 from fusedmerge.switcher import Switcher
@@ -128,7 +128,7 @@ class ModelSession:
         live = part.base_layer.weight.detach()
         if part not in self._base:
             self._base[part] = live.clone()
-        merge_simple(live, self._base[part], self.factors[part], *full(ids, gates))
+        merge_simple(live, self._base[part], self.factors[part], ids, gates)
 
     # ------------------------------------------------------------------ life
 
@@ -175,8 +175,6 @@ def _fused(part: MoELinear, experts: ExpertLinear, x: Tensor, ids: Tensor, gates
 
 
 def _unfused(part: MoELinear, experts: ExpertLinear, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
-    if part.owner.config.router == "table":  # the others fill every place
-        ids, gates = full(ids, gates)
     return add_unfused(part.base_layer(x), x, experts, ids, gates)
 
 

@@ -145,7 +145,8 @@ class TableRouter(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, held: tuple[torch.Tensor, torch.Tensor] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """input_ids [..., T] -> ids int32 [..., T, k], gates float32 [..., T, k]. held: what earlier tokens left, [..., k] each."""
-        ids, gates = self.ids[input_ids], self.gates[input_ids]
+        ids = self.ids[input_ids]
+        gates = torch.where(ids >= 0, self.gates[input_ids], 0.0)
         if not self.holds:
             return ids, gates
         places = torch.arange(input_ids.shape[-1], device=input_ids.device)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from fusedmerge.moe.decoder import Cache, Decoder
 
-__all__ = ["MERGED", "STRATEGIES", "UNMERGED", "Apply", "add_unfused", "full", "make", "one_route"]
+__all__ = ["MERGED", "STRATEGIES", "UNMERGED", "Apply", "add_unfused", "make", "one_route"]
 
 UNMERGED = ("backbone", "unfused", "fused")
 MERGED = ("merged-simple", "merged")
@@ -75,8 +75,6 @@ class Apply:
 class _Routed(Apply):
     """Experts chosen in the forward: each router is asked once, where it is first met."""
 
-    takes_empty = True  # id -1
-
     def __init__(self, decoder: Decoder) -> None:
         super().__init__(decoder)
         assert decoder.experts is not None
@@ -105,7 +103,7 @@ class _Routed(Apply):
         ids, gates = router(self.tokens, None if self.cache.is_fresh else self.cache.held)
         if router.holds:
             self._hold(ids[:, -1], gates[:, -1])
-        return (ids, gates) if self.takes_empty else full(ids, gates)
+        return ids, gates
 
     def _hold(self, ids: Tensor, gates: Tensor) -> None:
         """Keep the last token's choice [B, k], in buffers that stay where they are: a CUDA graph knows them."""
@@ -137,8 +135,10 @@ class Fused(_Routed):
         expert(x) = (W_down + s B A)(silu((W_gate + s B A) x) * (W_up + s B A) x). Every (token, expert) pair is a token with one expert."""
         if self.experts.method != "mixlora":
             return super().mlp(x, gate, up, down)
-        router = next(self.experts.linears[name].router for name in (gate, up, down) if name in self.experts.linears)
-        ids, gates = self.route(router, x)  # [B, T, k] each
+        routers = [self.experts.linears[name].router for name in (gate, up, down) if name in self.experts.linears]
+        if not routers:
+            return super().mlp(x, gate, up, down)
+        ids, gates = self.route(routers[0], x)  # [B, T, k] each
         pairs = x[..., None, :].expand(*ids.shape, -1)  # [B, T, k, hidden]
         one = torch.ones_like(gates)[..., None]  # [B, T, k, 1]
 
@@ -151,8 +151,6 @@ class Fused(_Routed):
 
 class Unfused(Fused):
     """Experts beside each linear as plain torch applies them: W x, then the chosen experts' factors gathered and multiplied."""
-
-    takes_empty = False
 
     def project(self, x: Tensor, names: Sequence[str]) -> Sequence[Tensor]:
         outs = list(self.decoder.linears(x, names))  # packed where they are
@@ -167,7 +165,7 @@ class Unfused(Fused):
 
 
 def add_unfused(y: Tensor, x: Tensor, expert: ExpertLinear, ids: Tensor, gates: Tensor) -> Tensor:
-    """y [..., out] + sum_j gates_j s_j B_j (A_j x), in x's dtype as PEFT computes it; ids [..., k] in [0, N).
+    """y [..., out] + sum_j gates_j s_j B_j (A_j x), in x's dtype as PEFT computes it; ids [..., k], gates [..., k] (0 where the id is -1).
 
     Few tokens: the chosen factors are gathered. Many: every expert is applied to all tokens, with gate 0 where it was not chosen.
     """
@@ -178,7 +176,7 @@ def add_unfused(y: Tensor, x: Tensor, expert: ExpertLinear, ids: Tensor, gates: 
         each = (expert.b[chosen] @ z).squeeze(-1)  # [T, k, out]
         delta = (each * weight[..., None].to(each.dtype)).sum(dim=1)  # [T, out]
     else:
-        share = torch.zeros(len(tokens), count, dtype=weight.dtype, device=x.device).scatter_add_(1, chosen, weight)  # [T, N]
+        share = torch.zeros(len(tokens), count, dtype=weight.dtype, device=x.device).scatter_add_(1, chosen % count, weight)  # [T, N]
         delta = torch.zeros(len(tokens), expert.b.shape[1], dtype=x.dtype, device=x.device)  # [T, out]
         for index in range(count):
             delta += ((tokens @ expert.a[index].T) @ expert.b[index].T) * share[:, index, None].to(x.dtype)
@@ -195,11 +193,6 @@ def one_route(ids: Tensor, gates: Tensor, strategy: str) -> tuple[Tensor, Tensor
     return ids[0, 0], gates[0, 0].float()
 
 
-def full(ids: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
-    """Empty places (id -1) as expert 0 with gate 0, for what indexes by id."""
-    return ids.clamp_min(0), torch.where(ids >= 0, gates, 0.0)
-
-
 class _Merging(_Routed):
     def __init__(self, decoder: Decoder) -> None:
         super().__init__(decoder)
@@ -213,8 +206,6 @@ class MergedSimple(_Merging):
 
     From a pristine copy, as the Switcher does it, so that errors do not add up; a router per linear is as good as one for all.
     """
-
-    takes_empty = False
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__(decoder)
@@ -236,7 +227,7 @@ class MergedSimple(_Merging):
 
 @torch.no_grad()
 def merge_simple(live: Tensor, base: Tensor, expert: ExpertLinear, ids: Tensor, gates: Tensor) -> None:
-    """live [out, in] = round(base + sum_j gates_j s_j B_j A_j), ids and gates [k]."""
+    """live [out, in] = round(base + sum_j gates_j s_j B_j A_j), ids and gates [k] (0 where the id is -1)."""
     wide = torch.promote_types(live.dtype, torch.float32)
     ids = ids.long()
     a = expert.a[ids].to(wide).flatten(0, 1)  # [k r, in]

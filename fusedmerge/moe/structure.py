@@ -147,7 +147,7 @@ class Structure:
                 raise DtypeError("forced", field, "int32" if field == "ids" else "float32", tensor.dtype)
         if ids.shape != gates.shape or ids.dim() < 1:
             raise ShapeError("forced", "gates", f"that of ids, {list(ids.shape)}", list(gates.shape))
-        self._forced.append((ids.to(torch.int32), gates))
+        self._forced.append((ids.to(torch.int32), torch.where(ids >= 0, gates, 0.0)))
         try:
             yield
         finally:
