@@ -13,7 +13,7 @@ from fusedmerge.moe.blocks import MixLoRABlock, PESCBlock
 from fusedmerge.moe.config import LoRAMoEConfig
 from fusedmerge.moe.layers import MoELinear
 from fusedmerge.moe.routing import Router, TableRouter
-from fusedmerge.moe.structure import _ATTRIBUTE, Structure, structure
+from fusedmerge.moe.structure import Structure, find, structure
 from fusedmerge.moe.targets import Plan, Site, make_plan, token_embedding
 from fusedmerge.moe.xlora import XLoRAClassifier, XLoRAOptions, hidden_size_of
 from fusedmerge.weights import canonical_name
@@ -32,7 +32,7 @@ def inject(model: nn.Module, config: LoRAMoEConfig, seed: int = 0) -> nn.Module:
     """
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise InvalidTypeError("inject", "seed", "an int", repr(seed))
-    if isinstance(model, nn.Module) and hasattr(model, _ATTRIBUTE):
+    if isinstance(model, nn.Module) and find(model) is not None:
         raise StateError("inject", "model", "a model without adapters (eject it first)", "one that inject has adapted")
     plan = make_plan(model, config, "inject")
     made = Structure(model, config)

@@ -15,9 +15,10 @@ from fusedmerge.moe.experts import ExpertLinear
 from fusedmerge.moe.layers import MoELinear
 from fusedmerge.moe.routing import TableRouter
 from fusedmerge.moe.strategies import MERGED, add_unfused, merge_simple, one_route
-from fusedmerge.moe.structure import Structure, structure
+from fusedmerge.moe.structure import find
 from fusedmerge.ops import group_once, lora_linear
 from fusedmerge.switcher import Switcher
+from fusedmerge.weights import check_writable, collect
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +33,7 @@ class ModelSession:
 
     def __init__(self, model: torch.nn.Module, strategy: str) -> None:
         self.model = model
-        self.structure = _structure(model)
+        self.structure = find(model)
         self.factors = {} if self.structure is None else {part: _factors(part) for part in self.structure.linears.values()}
         self.strategy = strategy
         self._check()
@@ -82,6 +83,9 @@ class ModelSession:
             raise StateError(
                 _OP, "strategy", f'"fused" or "unfused" for {method}', f'"{self.strategy}" (for {", ".join(can[self.strategy])})'
             )
+        if self.strategy in MERGED:  # a tied weight would be merged twice, or carry the mixture to where there is none
+            shapes = {name: (part.out_features, part.in_features) for name, part in self.structure.linears.items()}
+            check_writable(shapes, collect(self.model, _OP), _OP)
 
     @contextmanager
     def _unmerged(self, strategy: str) -> Iterator[None]:
@@ -149,13 +153,6 @@ class ModelSession:
             part.base_layer.weight.detach().copy_(base)
         if self._switcher is not None:
             self._switcher.restore()
-
-
-def _structure(model: torch.nn.Module) -> Structure | None:
-    try:
-        return structure(model)
-    except StateError:
-        return None
 
 
 def _factors(part: MoELinear) -> ExpertLinear:

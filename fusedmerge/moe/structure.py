@@ -23,18 +23,24 @@ from fusedmerge.moe.xlora import XLoRAClassifier, first_pass, own_cache
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
-__all__ = ["Structure", "structure"]
+__all__ = ["Structure", "find", "structure"]
 
 _ATTRIBUTE = "_fusedmerge_moe"
 
 
-def structure(model: nn.Module) -> Structure:
-    """What `inject` made of `model`; a wrapper's (DDP's, torch.compile's) is that of the model inside. Raises StateError."""
+def find(model: nn.Module) -> Structure | None:
+    """What `inject` made of `model`; a wrapper's (DDP's, torch.compile's) is that of the model inside. None: nothing."""
     found = getattr(model, _ATTRIBUTE, None)
     for name in ("module", "_orig_mod"):
         if found is None and isinstance(getattr(model, name, None), nn.Module):
             found = getattr(getattr(model, name), _ATTRIBUTE, None)
-    if not isinstance(found, Structure):
+    return found if isinstance(found, Structure) else None
+
+
+def structure(model: nn.Module) -> Structure:
+    """As `find`. Raises StateError where there is nothing."""
+    found = find(model)
+    if found is None:
         raise StateError("structure", "model", "a model that fusedmerge.moe.inject has adapted", type(model).__name__)
     return found
 

@@ -49,3 +49,56 @@ def test_mixlora_on_some_layers_only():
     model, ids = adapted("mixlora", target_modules=r".*layers\.1\..*_proj"), tokens(2, 5)
     for strategy in ("unfused", "fused"):
         torch.testing.assert_close(Decoder.from_model(model).logits(ids, strategy=strategy), model(ids).logits)
+
+
+def shared_weight():
+    model = tiny()
+    model.model.layers[1].self_attn.q_proj.weight = model.model.layers[0].self_attn.q_proj.weight
+    return model
+
+
+TIED = {
+    "a head that is the embedding": (lambda: tiny(tie_word_embeddings=True), ["q_proj", "lm_head"]),
+    "two linears with one weight": (shared_weight, ["q_proj"]),
+}
+
+
+@pytest.mark.parametrize("case", TIED)
+@pytest.mark.parametrize("strategy", ["merged", "merged-simple"])
+def test_tied_weights_are_not_merged(case, strategy):
+    make, targets = TIED[case]
+    model = fm.moe.inject(make(), config("lora", target_modules=targets), 3)
+    before = state(model)
+    with pytest.raises(StateError, match="tied to or overlaps"):
+        fm.moe.generate(model, tokens(1, 5), 8, strategy=strategy)
+    assert state(model) == before
+
+
+@pytest.mark.parametrize("case", TIED)
+def test_auto_does_not_merge_what_cannot_be(case, monkeypatch):
+    monkeypatch.setattr(auto, "measure_rates", lambda device: Rates(bytes_per_second=1e9, flops_per_second=1e15, launch_seconds=0.0))
+    make, targets = TIED[case]
+    model, ids = fm.moe.inject(make(), config("lora", target_modules=targets), 3), tokens(1, 5)
+    assert auto.choose(fm.moe.inject(tiny(), config("lora", target_modules=targets), 3), ids, 1000) == "merged"
+    assert auto.choose(model, ids, 1000) == "fused"
+    assert fm.moe.generate(model, ids, 50).shape == (1, 55)
+
+
+def test_the_decoder_refuses_experts_that_it_would_not_run():
+    model = adapted(target_modules=["q_proj", "lm_head"])
+    with pytest.raises(UnknownNameError, match=r"lm_head\.weight"):
+        Decoder.from_model(model)
+
+
+def test_what_save_wrote_is_loaded_through_a_wrapper(tmp_path):
+    class Wrapper(nn.Module):  # as DistributedDataParallel holds its model
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    model, other, ids = adapted(), adapted(seed=9), tokens()
+    fm.moe.save(model, tmp_path)
+    fm.moe.load(Wrapper(other), tmp_path)
+    assert torch.equal(other(ids).logits, model(ids).logits)
+    with pytest.raises(StateError, match="eject it first"):
+        fm.moe.inject(Wrapper(other), config())
