@@ -145,7 +145,7 @@ def _install(model: nn.Module, made: Structure, parts: dict[str, nn.Module], sha
         made._undo.append(partial(setattr, where, attribute, getattr(where, attribute)))
         setattr(where, attribute, False)
     if shared:
-        model.add_module("lora_routers", nn.ModuleDict(shared).train(model.training))
+        model.add_module("lora_routers", _Routers(shared).train(model.training))
         made._undo.append(partial(delattr, model, "lora_routers"))
     made.attach()
     return model
@@ -155,6 +155,13 @@ def _shortcuts(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """What lets torch's own encoder compute with its linears' weights in evaluation, without calling them."""
     kinds = ((nn.TransformerEncoderLayer, "activation_relu_or_gelu"), (nn.TransformerEncoder, "use_nested_tensor"))
     return [(module, name) for module in model.modules() for kind, name in kinds if isinstance(module, kind)]
+
+
+class _Routers(nn.ModuleDict):
+    """The shared routers, a child of the model. A Sequential calls each of its children."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
 
 
 class _Found(Exception):
