@@ -226,3 +226,12 @@ def test_the_balance_loss_is_added_to_a_loss_in_a_dict():
     own = (first.mixed(x, *routes) - x).square().mean()
     torch.testing.assert_close(model(x, labels=x)["loss"], own + fm.moe.aux_loss(model))
     assert fm.moe.aux_loss(model) > 0.4
+
+
+def test_duplicates_in_a_table_add():
+    factors = {"model.layers.0.self_attn.q_proj.weight": (torch.randn(2, 3, 16), torch.randn(2, 16, 3))}
+    bank = fm.AdapterBank.from_tensors(factors, torch.ones(2), ["a", "b"])
+    model = fm.moe.compose(tiny(), bank, table={7: ["a", "b", "a"], 8: {"b": 0.5, 1: 0.25}})
+    router = fm.moe.structure(model).routers["router"]
+    assert router.ids[7:9].tolist() == [[0, 1], [1, -1]]
+    assert router.gates[7:9].tolist() == [[2.0, 1.0], [0.75, 0.0]]
