@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 
 from fusedmerge.cost import TargetSize, fused_work, measure_rates, switch_work
-from fusedmerge.errors import StateError
+from fusedmerge.errors import FusedMergeError
 from fusedmerge.moe.decoder import Decoder
 from fusedmerge.moe.routing import TableRouter
-from fusedmerge.moe.structure import structure
+from fusedmerge.moe.structure import find
+from fusedmerge.weights import check_writable, collect
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,25 +31,34 @@ def choose(model: torch.nn.Module | Decoder, tokens: Tensor, new_tokens: int) ->
         if model.experts is None:
             return "backbone"
         method, routers = model.experts.method, dict(model.experts.routers)
-        sizes = [_size(model.weights[name], linear.a) for name, linear in model.experts.linears.items()]
+        sizes = {name: _size(model.weights[name], linear.a) for name, linear in model.experts.linears.items()}
     else:
-        try:
-            found = structure(model)
-        except StateError:
+        found = find(model)
+        if found is None:
             return "backbone"
         method, routers = found.config.method, dict(found.routers)
-        sizes = [_size(part.base_layer.weight, part.lora_A) for part in found.linears.values()]
+        sizes = {name: _size(part.base_layer.weight, part.lora_A) for name, part in found.linears.items()}
     k, life = 1, float(new_tokens)
     if method != "lora":
         router = routers.get("router")
         if method != "lora_switch" or not isinstance(router, TableRouter) or len(tokens) > 1:
             return "fused"
         k, life = int(router.ids.shape[-1]), _lifetime(router, tokens, new_tokens)
-    if life <= 1:
+    if life <= 1 or not _writable(model, sizes):
         return "fused"
     rates = measure_rates(tokens.device)
-    beside = fused_work(sizes, k, k, second_pass=tokens.device.type == "cpu").seconds(rates)
-    return "merged" if life * beside > switch_work(sizes, k).seconds(rates) else "fused"
+    beside = fused_work([*sizes.values()], k, k, second_pass=tokens.device.type == "cpu").seconds(rates)
+    return "merged" if life * beside > switch_work([*sizes.values()], k).seconds(rates) else "fused"
+
+
+def _writable(model: torch.nn.Module | Decoder, sizes: Mapping[str, TargetSize]) -> bool:
+    """Whether a Switcher takes these weights (none tied to another, none in float64)."""
+    weights = model.weights if isinstance(model, Decoder) else model
+    try:
+        check_writable({name: (size.rows, size.cols) for name, size in sizes.items()}, collect(weights, "generate"), "generate")
+    except FusedMergeError:
+        return False
+    return True
 
 
 def _size(weight: Tensor, a: Tensor) -> TargetSize:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -41,8 +42,9 @@ def compose(
     adapters: PEFT directories, {name: directory}, or an AdapterBank. Adapters may differ in rank, scaling and targets; a target that an
     adapter lacks is 0 there. Factors become float32 and stay frozen (train_experts=True to train them). A router (top_k of them per token)
     is added on top, to be trained.
-    table: no router, but {token id: experts}: a name or number, several of them (gate 1 each), or {name: gate}; [] is none. A token that
-    is not in the table has none. top_k is then the longest entry. hold: it keeps the last choice before it instead (control tokens).
+    table: no router, but {token id: experts}: a name or number, several of them (gate 1 each, duplicates add), or {name: gate}; [] is
+    none. A token that is not in the table has none. top_k is then the longest entry. hold: it keeps the last choice before it instead
+    (control tokens).
     options: further fields of LoRAMoEConfig.
 
     Raises as AdapterBank.from_peft and inject do; InvalidValueError, UnknownNameError for a table that does not fit.
@@ -100,13 +102,18 @@ def _parse_table(table: Mapping[int, Choice], names: Sequence[str]) -> dict[int,
         if isinstance(token, bool) or not isinstance(token, int) or token < 0:
             raise InvalidValueError("compose", "table", "token ids of at least 0", repr(token))
         given = [choice] if isinstance(choice, (int, str)) else choice
-        gates = given if isinstance(given, Mapping) else dict.fromkeys(given, 1.0)
+        if not isinstance(given, (Mapping, Sequence)):
+            raise InvalidTypeError("compose", f"table[{token}]", "an expert, several of them, or {expert: gate}", repr(choice))
         row: dict[int, float] = {}
-        for expert, gate in gates.items():
+        for expert, gate in given.items() if isinstance(given, Mapping) else ((expert, 1.0) for expert in given):
             index = names.index(expert) if expert in names else expert
             if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(names):
                 raise UnknownNameError("compose", f"table[{token}]", f"one of {', '.join(names)}, or 0 to {len(names) - 1}", repr(expert))
-            row[index] = float(gate)
+            if isinstance(gate, bool) or not isinstance(gate, (int, float)):
+                raise InvalidTypeError("compose", f"table[{token}]: gate", "a number", repr(gate))
+            if not math.isfinite(gate):
+                raise InvalidValueError("compose", f"table[{token}]: gate", "a finite number", gate)
+            row[index] = row.get(index, 0.0) + gate
         rows[token] = row
     if not any(rows.values()):
         raise InvalidValueError("compose", "table", "at least one expert", "none")

@@ -84,7 +84,7 @@ class Decoder:
                     self._pack([names[part] for part in parts])
         self.experts = experts
         if experts is not None:
-            experts.check(self.weights)
+            experts.check({name: self.weights[name] for names in self.names for name in names.values()})
 
     @classmethod
     def from_pretrained(

@@ -12,7 +12,7 @@ import torch
 
 from fusedmerge.bank import AdapterBank
 from fusedmerge.errors import DeviceError, DtypeError, InvalidTypeError, InvalidValueError, ShapeError, StateError, UnknownNameError
-from fusedmerge.moe.structure import structure
+from fusedmerge.moe.structure import find
 from fusedmerge.ops import route_topk
 
 if TYPE_CHECKING:
@@ -79,9 +79,8 @@ class ExpertSet:
 
         Raises InvalidValueError for a method that the decoder does not run.
         """
-        try:
-            found = structure(model)
-        except StateError:
+        found = find(model)
+        if found is None:
             return None
         linears = {}
         for name, part in found.linears.items():
@@ -100,10 +99,10 @@ class ExpertSet:
         return found
 
     def check(self, weights: Mapping[str, Tensor]) -> None:
-        """Raise where the experts do not fit the weights: UnknownNameError, ShapeError, DtypeError, DeviceError."""
+        """Raise where the experts do not fit the weights of a decoder's linears: UnknownNameError, ShapeError, DtypeError, DeviceError."""
         for name, linear in self.linears.items():
             if name not in weights:
-                raise UnknownNameError("Decoder", "experts", "weights that the decoder has", f"no {name}")
+                raise UnknownNameError("Decoder", "experts", "linears in the decoder's layers", name)
             weight = weights[name]
             count, rank = linear.a.shape[:2]
             expected = {"a": (count, rank, weight.shape[1]), "b": (count, weight.shape[0], rank), "scaling": (count,)}

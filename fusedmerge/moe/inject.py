@@ -13,7 +13,7 @@ from fusedmerge.moe.blocks import MixLoRABlock, PESCBlock
 from fusedmerge.moe.config import LoRAMoEConfig
 from fusedmerge.moe.layers import MoELinear
 from fusedmerge.moe.routing import Router, TableRouter
-from fusedmerge.moe.structure import _ATTRIBUTE, Structure, injected
+from fusedmerge.moe.structure import Structure, find, injected
 from fusedmerge.moe.targets import Plan, Site, make_plan, token_embedding
 from fusedmerge.moe.xlora import XLoRAClassifier, XLoRAOptions, hidden_size_of
 from fusedmerge.weights import canonical_name
@@ -32,7 +32,7 @@ def inject(model: nn.Module, config: LoRAMoEConfig, seed: int = 0) -> nn.Module:
     """
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise InvalidTypeError("inject", "seed", "an int", repr(seed))
-    if isinstance(model, nn.Module) and hasattr(model, _ATTRIBUTE):
+    if isinstance(model, nn.Module) and find(model) is not None:
         raise StateError("inject", "model", "a model without adapters (eject it first)", "one that inject has adapted")
     plan = make_plan(model, config, "inject")
     made = Structure(model, config)
@@ -145,7 +145,7 @@ def _install(model: nn.Module, made: Structure, parts: dict[str, nn.Module], sha
         made._undo.append(partial(setattr, where, attribute, getattr(where, attribute)))
         setattr(where, attribute, False)
     if shared:
-        model.add_module("lora_routers", nn.ModuleDict(shared).train(model.training))
+        model.add_module("lora_routers", _Routers(shared).train(model.training))
         made._undo.append(partial(delattr, model, "lora_routers"))
     made.attach()
     return model
@@ -155,6 +155,13 @@ def _shortcuts(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """What lets torch's own encoder compute with its linears' weights in evaluation, without calling them."""
     kinds = ((nn.TransformerEncoderLayer, "activation_relu_or_gelu"), (nn.TransformerEncoder, "use_nested_tensor"))
     return [(module, name) for module in model.modules() for kind, name in kinds if isinstance(module, kind)]
+
+
+class _Routers(nn.ModuleDict):
+    """The shared routers, a child of the model. A Sequential calls each of its children."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
 
 
 class _Found(Exception):

@@ -14,10 +14,11 @@ from fusedmerge.errors import InvalidTypeError, StateError
 from fusedmerge.moe.experts import ExpertLinear
 from fusedmerge.moe.layers import MoELinear
 from fusedmerge.moe.routing import TableRouter
-from fusedmerge.moe.strategies import MERGED, add_unfused, full, merge_simple, one_route
-from fusedmerge.moe.structure import Structure, structure
+from fusedmerge.moe.strategies import MERGED, add_unfused, merge_simple, one_route
+from fusedmerge.moe.structure import find
 from fusedmerge.ops import group_once, lora_linear
 from fusedmerge.switcher import Switcher
+from fusedmerge.weights import check_writable, collect
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +33,7 @@ class ModelSession:
 
     def __init__(self, model: torch.nn.Module, strategy: str) -> None:
         self.model = model
-        self.structure = _structure(model)
+        self.structure = find(model)
         self.factors = {} if self.structure is None else {part: _factors(part) for part in self.structure.linears.values()}
         self.strategy = strategy
         self._check()
@@ -82,6 +83,9 @@ class ModelSession:
             raise StateError(
                 _OP, "strategy", f'"fused" or "unfused" for {method}', f'"{self.strategy}" (for {", ".join(can[self.strategy])})'
             )
+        if self.strategy in MERGED:  # a tied weight would be merged twice, or carry the mixture to where there is none
+            shapes = {name: (part.out_features, part.in_features) for name, part in self.structure.linears.items()}
+            check_writable(shapes, collect(self.model, _OP), _OP)
 
     @contextmanager
     def _unmerged(self, strategy: str) -> Iterator[None]:
@@ -128,7 +132,7 @@ class ModelSession:
         live = part.base_layer.weight.detach()
         if part not in self._base:
             self._base[part] = live.clone()
-        merge_simple(live, self._base[part], self.factors[part], *full(ids, gates))
+        merge_simple(live, self._base[part], self.factors[part], ids, gates)
 
     # ------------------------------------------------------------------ life
 
@@ -151,13 +155,6 @@ class ModelSession:
             self._switcher.restore()
 
 
-def _structure(model: torch.nn.Module) -> Structure | None:
-    try:
-        return structure(model)
-    except StateError:
-        return None
-
-
 def _factors(part: MoELinear) -> ExpertLinear:
     """One linear's experts in its weight's dtype, cast once: at each token that would cost more than the experts do."""
     dtype = part.base_layer.weight.dtype
@@ -175,8 +172,6 @@ def _fused(part: MoELinear, experts: ExpertLinear, x: Tensor, ids: Tensor, gates
 
 
 def _unfused(part: MoELinear, experts: ExpertLinear, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
-    if part.owner.config.router == "table":  # the others fill every place
-        ids, gates = full(ids, gates)
     return add_unfused(part.base_layer(x), x, experts, ids, gates)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from fusedmerge.errors import InvalidTypeError, ShapeError, StateError
 from fusedmerge.ops import route_topk
@@ -31,9 +32,11 @@ __all__ = [
     "TableRouter",
     "checkpoint",
     "current",
+    "decide",
     "enter",
     "innermost",
     "leave",
+    "outside",
     "under_way",
     "wide_precision",
 ]
@@ -109,6 +112,12 @@ class Router(nn.Module):
         with wide_precision(x.device):
             return nn.functional.linear(x.to(dtype), self.weight.to(dtype))
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        given = state_dict.get(f"{prefix}weight")
+        if isinstance(given, torch.Tensor) and not is_lazy(given) and given.dim() == 2:
+            self.materialise(int(given.shape[1]))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def _check(self, x: torch.Tensor) -> None:
         if self.in_features is None:
             self.materialise(int(x.shape[-1]))
@@ -145,7 +154,8 @@ class TableRouter(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, held: tuple[torch.Tensor, torch.Tensor] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """input_ids [..., T] -> ids int32 [..., T, k], gates float32 [..., T, k]. held: what earlier tokens left, [..., k] each."""
-        ids, gates = self.ids[input_ids], self.gates[input_ids]
+        ids = self.ids[input_ids]
+        gates = torch.where(ids >= 0, self.gates[input_ids], 0.0)
         if not self.holds:
             return ids, gates
         places = torch.arange(input_ids.shape[-1], device=input_ids.device)
@@ -163,6 +173,8 @@ class Routing:
 
     decided: router name -> (ids, gates), for routers that several layers share; under ANY for all routers of the call.
     records: what each router decided, kept where a loss or a caller wants it (`keeps`).
+    last: how many tokens at the end the model's output layer is given (transformers' logits_to_keep); 0: all.
+    bare: adapted linears act as plain ones in this call.
     """
 
     ANY = "*"
@@ -175,22 +187,26 @@ class Routing:
         *,
         mask: torch.Tensor | None = None,
         keeps: bool = False,
+        last: int = 0,
+        bare: bool = False,
     ) -> None:
-        self.owner, self.root, self.parent, self.mask, self.keeps = owner, root, parent, mask, keeps
+        self.owner, self.root, self.parent = owner, root, parent
+        self.mask, self.keeps, self.last, self.bare = mask, keeps, last, bare
         self.decided: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.records: list[Record] = []
 
     def branch(self, decided: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Routing:
         """The same call's routing for a region that may run again: what was decided before it, and no records yet."""
-        inner = Routing(self.owner, self.root, self.parent, mask=self.mask, keeps=self.keeps)
+        inner = Routing(self.owner, self.root, self.parent, mask=self.mask, keeps=self.keeps, last=self.last)
         inner.decided = dict(decided)
         return inner
 
     def route(self, name: str, x: torch.Tensor, router: nn.Module | None, place: str) -> tuple[torch.Tensor, torch.Tensor]:
         """(ids, gates) for the tokens of x [..., in]. router: the caller's own; None: the shared one called `name`, which the first
         caller's input is for. Raises StateError where that caller (`place`) is not the one of earlier forwards."""
-        found = self.decided.get(self.ANY) or self.decided.get(name)
-        if found is not None:
+        if (forced := self.decided.get(self.ANY)) is not None and _repeats(forced[0].shape[:-1], x.shape[:-1]):
+            return forced[0].expand(*x.shape[:-1], -1), forced[1].expand(*x.shape[:-1], -1)
+        if (found := forced or self.decided.get(name)) is not None:
             return self._fitted(found, x, place)
         shared = router is None
         if router is None:
@@ -206,21 +222,31 @@ class Routing:
             self.records.append(Record(name, ids, gates, router.logits(x)))
         return ids, gates
 
-    @staticmethod
-    def _fitted(found: tuple[torch.Tensor, torch.Tensor], x: torch.Tensor, place: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def _fitted(self, found: tuple[torch.Tensor, torch.Tensor], x: torch.Tensor, place: str) -> tuple[torch.Tensor, torch.Tensor]:
         ids, gates = found
-        wanted = (*x.shape[:-1], ids.shape[-1])
-        if ids.shape == wanted:
+        routed, tokens = ids.shape[:-1], x.shape[:-1]
+        if routed == tokens:
             return ids, gates
-        if ids.numel() == torch.Size(wanted).numel():  # the same tokens, flattened
-            return ids.reshape(wanted), gates.reshape(wanted)
-        try:
-            return ids.expand(wanted), gates.expand(wanted)  # forced: one choice for several tokens
-        except RuntimeError:
-            raise ShapeError("route", place, f"the {list(ids.shape[:-1])} tokens that were routed", list(x.shape[:-1])) from None
+        if routed.numel() == tokens.numel() and 1 in (len(routed), len(tokens)):  # flattened; [B, T] as [T, B] would be other tokens
+            return ids.reshape(*tokens, -1), gates.reshape(*tokens, -1)
+        if self.last and routed[:1] == tokens[:1] and tokens[1:] == (self.last,) and len(routed) == 2:
+            return ids[:, -self.last :], gates[:, -self.last :]
+        raise ShapeError("route", place, f"the {list(routed)} tokens that were routed", list(tokens))
+
+
+def _repeats(shape: torch.Size, tokens: torch.Size) -> bool:
+    """Whether `shape` broadcasts to the tokens'."""
+    return len(shape) <= len(tokens) and all(n in (1, m) for n, m in zip(shape[::-1], tokens[::-1], strict=False))
 
 
 _CURRENT: ContextVar[Routing | None] = ContextVar("fusedmerge.moe.routing", default=None)
+
+
+def outside(owner: Structure) -> Routing | None:
+    """What is under way around a forward of `owner`'s model that begins. A forward of the same model is none: it was interrupted by
+    what torch calls no hook for (KeyboardInterrupt), and is over."""
+    leave(owner)
+    return innermost()
 
 
 def innermost() -> Routing | None:

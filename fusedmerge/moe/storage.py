@@ -24,7 +24,7 @@ from fusedmerge.moe.config import LoRAMoEConfig
 from fusedmerge.moe.inject import eject, inject
 from fusedmerge.moe.published import PREFIX
 from fusedmerge.moe.routing import Router
-from fusedmerge.moe.structure import Structure, injected
+from fusedmerge.moe.structure import Structure, find, injected
 
 if TYPE_CHECKING:
     PathLike = str | os.PathLike[str]
@@ -79,7 +79,7 @@ def load(
         config, tensors, places = published.read(model, path, top_k, adapters)
     else:
         config, tensors, places = _read(path)
-    fresh = not hasattr(model, "_fusedmerge_moe")
+    fresh = find(model) is None
     if fresh:
         inject(model, config)
     try:

@@ -20,7 +20,7 @@ from fusedmerge.backend.cpu import exact_products
 from fusedmerge.errors import StateError
 from fusedmerge.moe.experts import ExpertLinear
 from fusedmerge.moe.fused_kernels import FusedKernels, kernels_for
-from fusedmerge.moe.unmerged import Apply, Fused, Routed, Unfused, add_unfused, full
+from fusedmerge.moe.unmerged import Apply, Fused, Routed, Unfused, add_unfused
 from fusedmerge.switcher import Switcher
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from fusedmerge.moe.decoder import Decoder
 
-__all__ = ["MERGED", "STRATEGIES", "UNMERGED", "Apply", "add_unfused", "full", "make", "one_route"]
+__all__ = ["MERGED", "STRATEGIES", "UNMERGED", "Apply", "add_unfused", "make", "one_route"]
 
 UNMERGED = ("backbone", "unfused", "fused")
 MERGED = ("merged-simple", "merged")
@@ -70,8 +70,6 @@ class MergedSimple(_Merging):
     From a pristine copy, as the Switcher does it, so that errors do not add up; a router per linear is as good as one for all.
     """
 
-    takes_empty = False
-
     def __init__(self, decoder: Decoder) -> None:
         super().__init__(decoder)
         self.base = {name: decoder.weights[name].clone() for name in self.experts.linears}
@@ -92,7 +90,7 @@ class MergedSimple(_Merging):
 
 @torch.no_grad()
 def merge_simple(live: Tensor, base: Tensor, expert: ExpertLinear, ids: Tensor, gates: Tensor) -> None:
-    """live [out, in] = round(base + sum_j gates_j s_j B_j A_j), ids and gates [k]."""
+    """live [out, in] = round(base + sum_j gates_j s_j B_j A_j), ids and gates [k] (0 where the id is -1)."""
     wide = torch.promote_types(live.dtype, torch.float32)
     ids = ids.long()
     a = expert.a[ids].to(wide).flatten(0, 1)  # [k r, in]

@@ -17,31 +17,37 @@ from fusedmerge.moe import losses
 from fusedmerge.moe.blocks import MixLoRABlock
 from fusedmerge.moe.config import LoRAMoEConfig
 from fusedmerge.moe.layers import Experts, MoELinear
-from fusedmerge.moe.routing import Carried, Record, Router, Routing, TableRouter, enter, innermost, leave
-from fusedmerge.moe.xlora import XLoRAClassifier, first_pass, own_cache
+from fusedmerge.moe.routing import Carried, Record, Router, Routing, TableRouter, current, enter, leave, outside
+from fusedmerge.moe.xlora import XLoRAClassifier, arguments, first_pass, own_cache
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
-__all__ = ["Structure", "structure"]
+__all__ = ["Structure", "find", "injected", "structure"]
 
 _ATTRIBUTE = "_fusedmerge_moe"
 
 
-def structure(model: nn.Module) -> Structure:
-    """What `inject` made of `model`; a wrapper's (DDP's, torch.compile's) is that of the model inside. Raises StateError."""
-    return injected(model, "structure")
-
-
-def injected(model: nn.Module, operation: str) -> Structure:
-    """`structure`, for a call that raises in its own name."""
+def find(model: nn.Module) -> Structure | None:
+    """What `inject` made of `model`; a wrapper's (DDP's, torch.compile's) is that of the model inside. None: nothing."""
     found = getattr(model, _ATTRIBUTE, None)
     for name in ("module", "_orig_mod"):
         if found is None and isinstance(getattr(model, name, None), nn.Module):
             found = getattr(getattr(model, name), _ATTRIBUTE, None)
-    if not isinstance(found, Structure):
+    return found if isinstance(found, Structure) else None
+
+
+def injected(model: nn.Module, operation: str) -> Structure:
+    """As `find`. Raises StateError, in the name of `operation`, where there is nothing."""
+    found = find(model)
+    if found is None:
         raise StateError(operation, "model", "a model that fusedmerge.moe.inject has adapted", type(model).__name__)
     return found
+
+
+def structure(model: nn.Module) -> Structure:
+    """What `inject` made of `model`. Raises StateError where there is nothing."""
+    return injected(model, "structure")
 
 
 class Structure:
@@ -120,7 +126,10 @@ class Structure:
 
     @property
     def is_suspended(self) -> bool:
-        return self._suspended > 0
+        if self._suspended:
+            return True
+        routing = current(self)
+        return routing is not None and routing.bare
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
@@ -152,7 +161,7 @@ class Structure:
                 raise DtypeError("forced", field, "int32" if field == "ids" else "float32", tensor.dtype)
         if ids.shape != gates.shape or ids.dim() < 1:
             raise ShapeError("forced", "gates", f"that of ids, {list(ids.shape)}", list(gates.shape))
-        self._forced.append((ids.to(torch.int32), gates))
+        self._forced.append((ids.to(torch.int32), torch.where(ids >= 0, gates, 0.0)))
         try:
             yield
         finally:
@@ -188,18 +197,19 @@ class Structure:
         delattr(self.model, _ATTRIBUTE)
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        config = self.config
+        config, given = self.config, _given(model, args, kwargs)
         if model.training and torch.is_grad_enabled():
             _carry_checkpoints(model)
         wanted = bool(config.balance_loss_coef and config.balance_loss != "none") or config.z_loss_coef > 0
-        wanted = wanted and (torch.is_grad_enabled() or kwargs.get("labels") is not None)
-        mask = kwargs.get("attention_mask")
+        wanted = wanted and (torch.is_grad_enabled() or given.get("labels") is not None)
+        mask, last = given.get("attention_mask"), given.get("logits_to_keep")
         routing = Routing(
             self,
             model,
-            innermost(),
+            outside(self),
             mask=mask if isinstance(mask, torch.Tensor) else None,
             keeps=wanted or bool(self._recorders),
+            last=last if isinstance(last, int) else 0,
         )
         if self._forced:
             routing.decided[Routing.ANY] = self._forced[-1]
@@ -238,7 +248,7 @@ class Structure:
         if routing.keeps or torch.is_grad_enabled():
             task_types = self._task_types[-1] if self._task_types else None
             self.last_loss = partial(losses.total_loss, routing.records, self.config, routing.mask, task_types, _device(model))
-        if kwargs.get("labels") is None or self.last_loss is None or not routing.records:
+        if _given(model, args, kwargs).get("labels") is None or self.last_loss is None or not routing.records:
             return None
         return _with_loss(output, self.last_loss())
 
@@ -249,6 +259,11 @@ def _carry_checkpoints(model: nn.Module) -> None:
         run = module.__dict__.get("_gradient_checkpointing_func")
         if run is not None and not isinstance(run, Carried):
             module._gradient_checkpointing_func = Carried(run)  # type: ignore[assignment]
+
+
+def _given(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The forward's arguments by name; of those without one the first needs none."""
+    return arguments(model, args, kwargs) if len(args) > 1 else kwargs
 
 
 def _input_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
@@ -267,7 +282,11 @@ def _with_loss(output: Any, loss: torch.Tensor) -> Any:
     if isinstance(output, tuple) and not hasattr(output, "_fields"):
         is_loss = bool(output) and isinstance(output[0], torch.Tensor) and output[0].dim() == 0
         return (output[0] + loss.to(output[0].device), *output[1:]) if is_loss else output
-    own = getattr(output, "loss", None)
+    own = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
     if isinstance(own, torch.Tensor):
-        output.loss = own + loss.to(own.device, own.dtype)
+        total = own + loss.to(own.device, own.dtype)
+        if isinstance(output, dict):  # as transformers' outputs are
+            output["loss"] = total
+        else:
+            output.loss = total
     return output

@@ -66,7 +66,15 @@ def train(
         "max_grad_norm": max_grad_norm, "accumulate": accumulate, "autocast": str(autocast), "seed": seed,
         "steps": None if final_lr == 1.0 else steps,  # a constant rate may be trained on for longer
     }  # fmt: skip
-    trained = _check(model, steps, lr, warmup_steps, accumulate, checkpoint_every, autocast)
+    whole = {
+        "steps": (steps, 1),
+        "warmup_steps": (warmup_steps, 0),
+        "accumulate": (accumulate, 1),
+        "checkpoint_every": (checkpoint_every, 0),
+    }
+    rates = {"lr": lr, "final_lr": final_lr, "weight_decay": weight_decay, "max_grad_norm": 1.0 if max_grad_norm is None else max_grad_norm}
+    _check_numbers(whole | {"seed": (seed, -(2**63))}, rates)
+    trained = _check(model, autocast)
     device = next(iter(trained.values())).device
     optimizer = torch.optim.AdamW(trained.values(), lr=lr, betas=betas, weight_decay=weight_decay)
     path = None if checkpoint is None else Path(checkpoint)
@@ -121,21 +129,23 @@ def learning_rate(step: int, steps: int, lr: float, warmup_steps: int, final_lr:
     return lr * falling * (min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0)
 
 
-def _check(
-    model: nn.Module, steps: int, lr: float, warmup_steps: int, accumulate: int, checkpoint_every: int, autocast: torch.dtype | None
-) -> dict[str, nn.Parameter]:
-    """The trainable parameters by name."""
-    import torch
-
-    for field, value, least in (
-        ("steps", steps, 1), ("warmup_steps", warmup_steps, 0), ("accumulate", accumulate, 1), ("checkpoint_every", checkpoint_every, 0),
-    ):  # fmt: skip
+def _check_numbers(whole: Mapping[str, tuple[Any, int]], rates: Mapping[str, Any]) -> None:
+    for field, (value, least) in whole.items():
         if isinstance(value, bool) or not isinstance(value, int):
             raise InvalidTypeError(_OPERATION, field, "an int", repr(value))
         if value < least:
             raise InvalidValueError(_OPERATION, field, f"at least {least}", value)
-    if not (math.isfinite(lr) and lr > 0):
-        raise InvalidValueError(_OPERATION, "lr", "a finite number above 0", lr)
+    for field, value in rates.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise InvalidTypeError(_OPERATION, field, "a number", repr(value))
+        if not math.isfinite(value) or value < 0 or (field == "lr" and value == 0):
+            raise InvalidValueError(_OPERATION, field, "a finite number of at least 0 (lr: above 0)", value)
+
+
+def _check(model: nn.Module, autocast: torch.dtype | None) -> dict[str, nn.Parameter]:
+    """The trainable parameters by name."""
+    import torch
+
     if autocast not in (None, torch.bfloat16):
         raise InvalidValueError(_OPERATION, "autocast", "None or torch.bfloat16 (float16 would need a scaled loss)", autocast)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from fusedmerge.moe.decoder import Cache, Decoder
 
-__all__ = ["Apply", "Fused", "Routed", "Unfused", "add_unfused", "full"]
+__all__ = ["Apply", "Fused", "Routed", "Unfused", "add_unfused"]
 
 
 class Apply:
@@ -62,8 +62,6 @@ class Apply:
 class Routed(Apply):
     """Experts chosen in the forward: each router is asked once, where it is first met."""
 
-    takes_empty = True  # id -1
-
     def __init__(self, decoder: Decoder) -> None:
         super().__init__(decoder)
         assert decoder.experts is not None
@@ -92,7 +90,7 @@ class Routed(Apply):
         ids, gates = router(self.tokens, None if self.cache.is_fresh else self.cache.held)
         if router.holds:
             self._hold(ids[:, -1], gates[:, -1])
-        return (ids, gates) if self.takes_empty else full(ids, gates)
+        return ids, gates
 
     def _hold(self, ids: Tensor, gates: Tensor) -> None:
         """Keep the last token's choice [B, k], in buffers that stay where they are: a CUDA graph knows them."""
@@ -124,8 +122,10 @@ class Fused(Routed):
         expert(x) = (W_down + s B A)(silu((W_gate + s B A) x) * (W_up + s B A) x). Every (token, expert) pair is a token with one expert."""
         if self.experts.method != "mixlora":
             return super().mlp(x, gate, up, down)
-        router = next(self.experts.linears[name].router for name in (gate, up, down) if name in self.experts.linears)
-        ids, gates = self.route(router, x)  # [B, T, k] each
+        routers = [self.experts.linears[name].router for name in (gate, up, down) if name in self.experts.linears]
+        if not routers:
+            return super().mlp(x, gate, up, down)
+        ids, gates = self.route(routers[0], x)  # [B, T, k] each
         pairs = x[..., None, :].expand(*ids.shape, -1)  # [B, T, k, hidden]
         one = torch.ones_like(gates)[..., None]  # [B, T, k, 1]
 
@@ -138,8 +138,6 @@ class Fused(Routed):
 
 class Unfused(Fused):
     """Experts beside each linear as plain torch applies them: W x, then the chosen experts' factors gathered and multiplied."""
-
-    takes_empty = False
 
     def project(self, x: Tensor, names: Sequence[str]) -> Sequence[Tensor]:
         outs = list(self.decoder.linears(x, names))  # packed where they are
@@ -154,7 +152,7 @@ class Unfused(Fused):
 
 
 def add_unfused(y: Tensor, x: Tensor, expert: ExpertLinear, ids: Tensor, gates: Tensor) -> Tensor:
-    """y [..., out] + sum_j gates_j s_j B_j (A_j x), in x's dtype as PEFT computes it; ids [..., k] in [0, N).
+    """y [..., out] + sum_j gates_j s_j B_j (A_j x), in x's dtype as PEFT computes it; ids [..., k], gates [..., k] (0 where the id is -1).
 
     Few tokens: the chosen factors are gathered. Many: every expert is applied to all tokens, with gate 0 where it was not chosen.
     """
@@ -165,13 +163,8 @@ def add_unfused(y: Tensor, x: Tensor, expert: ExpertLinear, ids: Tensor, gates: 
         each = (expert.b[chosen] @ z).squeeze(-1)  # [T, k, out]
         delta = (each * weight[..., None].to(each.dtype)).sum(dim=1)  # [T, out]
     else:
-        share = torch.zeros(len(tokens), count, dtype=weight.dtype, device=x.device).scatter_add_(1, chosen, weight)  # [T, N]
+        share = torch.zeros(len(tokens), count, dtype=weight.dtype, device=x.device).scatter_add_(1, chosen % count, weight)  # [T, N]
         delta = torch.zeros(len(tokens), expert.b.shape[1], dtype=x.dtype, device=x.device)  # [T, out]
         for index in range(count):
             delta += ((tokens @ expert.a[index].T) @ expert.b[index].T) * share[:, index, None].to(x.dtype)
     return y + delta.reshape(y.shape)
-
-
-def full(ids: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
-    """Empty places (id -1) as expert 0 with gate 0, for what indexes by id."""
-    return ids.clamp_min(0), torch.where(ids >= 0, gates, 0.0)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from fusedmerge.errors import InvalidTypeError, InvalidValueError, StateError
-from fusedmerge.moe.routing import wide_precision
+from fusedmerge.moe.routing import Routing, innermost, under_way, wide_precision
 
 if TYPE_CHECKING:
     from fusedmerge.moe.config import LoRAMoEConfig
@@ -118,7 +118,7 @@ def first_pass(owner: Structure, model: Any, args: tuple[Any, ...], kwargs: dict
     Raises StateError for a cache whose earlier tokens had no first pass.
     """
     cache, second = own_cache(model, args, kwargs)
-    own = {name: value for name, value in _arguments(model, args, kwargs).items() if name not in _NOT_IN_FIRST_PASS and value is not None}
+    own = {name: value for name, value in arguments(model, args, kwargs).items() if name not in _NOT_IN_FIRST_PASS and value is not None}
     own["use_cache"] = cache is not None
     if cache is not None:
         if not hasattr(cache, "_bare"):
@@ -127,7 +127,7 @@ def first_pass(owner: Structure, model: Any, args: tuple[Any, ...], kwargs: dict
             cache._bare = _new_cache(model)
         own["past_key_values"] = cache._bare
     bare = getattr(model, model.base_model_prefix)
-    with owner.suspended(), torch.no_grad():
+    with under_way(Routing(owner, model, innermost(), bare=True)), torch.no_grad():
         hidden: torch.Tensor = bare(**own).last_hidden_state
     return hidden, second
 
@@ -139,7 +139,7 @@ def own_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
     """
     if not hasattr(model, "config"):
         return None, {}
-    given = _arguments(model, args, kwargs)
+    given = arguments(model, args, kwargs)
     cache = given.get("past_key_values")
     if cache is None and given.get("use_cache", getattr(model.config, "use_cache", False) and not model.training):
         cache = _new_cache(model)
@@ -147,7 +147,8 @@ def own_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
     return cache, {}
 
 
-def _arguments(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def arguments(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A forward's arguments by name."""
     given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     return {**given, **given.get("kwargs", {})}
 

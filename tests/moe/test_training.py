@@ -233,6 +233,11 @@ def test_learning_rate() -> None:
         ({"steps": 2.0}, TypeError),
         ({"accumulate": 0}, ValueError),
         ({"lr": float("nan")}, ValueError),
+        ({"lr": "fast"}, TypeError),
+        ({"final_lr": -0.1}, ValueError),
+        ({"weight_decay": -1.0}, ValueError),
+        ({"max_grad_norm": -1.0}, ValueError),
+        ({"seed": 1.5}, TypeError),
         ({"autocast": torch.float16}, ValueError),
         ({"batches": []}, ValueError),
         ({"batches": [{"input_ids": torch.zeros(1, 4, dtype=torch.long)}]}, RuntimeError),  # no labels
