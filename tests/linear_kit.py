@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from fusedmerge import reference
 from fusedmerge.backend.linear import Known, Target
+from fusedmerge.reference import to_float64 as wide
 
-FRACTION_BITS = {torch.bfloat16: 7, torch.float16: 10}
-SMALLEST_EXPONENT = {torch.bfloat16: -126, torch.float16: -14}
 SLACK = 2.0**-16  # of the sum of the terms' sizes
 
 
@@ -65,26 +65,17 @@ def make(
     return Problem(normal(num_tokens, cols), targets, ids.to(targets[0].weight.device), gates.to(targets[0].weight.device))
 
 
-def wide(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.detach().cpu().double().numpy()
-
-
 def truth(x: torch.Tensor, target: Target, known: Known | None) -> tuple[np.ndarray, np.ndarray]:
     """(y, S): the exact sum in float64, and the sum of its products' sizes."""
-    tokens, weight = wide(x), wide(target.weight)
-    exact, size = tokens @ weight.T, np.abs(tokens) @ np.abs(weight).T
+    operands = [wide(x), wide(target.weight), np.zeros(0), np.zeros(0)]
+    ids, gates, scaling = np.zeros((len(x), 0), np.int32), np.zeros((len(x), 0)), None
+    if known is not None and target.a is not None and target.b is not None:
+        operands[2:], ids, gates = [wide(target.a), wide(target.b)], known.ids.cpu().numpy(), wide(known.gates)
+        scaling = None if target.scaling is None else wide(target.scaling)
+    exact = reference.applied(*operands, ids, gates, scaling)
+    size = reference.applied(*map(np.abs, operands), ids, np.abs(gates), None if scaling is None else np.abs(scaling))
     for more in (target.bias, target.residual):
-        if more is not None:
-            exact = exact + wide(more)
-    if known is None or target.a is None or target.b is None:
-        return exact, size
-    for t, (ids, gates) in enumerate(zip(known.ids.tolist(), known.gates.tolist(), strict=True)):
-        for n, gate in zip(ids, gates, strict=True):
-            if n >= 0:
-                c = gate * (1.0 if target.scaling is None else float(target.scaling[n]))
-                a, b = wide(target.a[n]), wide(target.b[n])
-                exact[t] += c * (b @ (a @ tokens[t]))
-                size[t] += abs(c) * (np.abs(b) @ (np.abs(a) @ np.abs(tokens[t])))
+        exact = exact if more is None else exact + wide(more)
     return exact, size
 
 
@@ -99,8 +90,7 @@ def cancelled(problem: Problem, known: Known | None) -> Problem:
 
 
 def ulp(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
-    exponent = np.frexp(np.abs(values))[1] - 1
-    return 2.0 ** (np.maximum(exponent, SMALLEST_EXPONENT[dtype]) - FRACTION_BITS[dtype])
+    return reference.ulp(values, str(dtype).removeprefix("torch."))
 
 
 def check(y: torch.Tensor, x: torch.Tensor, target: Target, known: Known | None) -> None:

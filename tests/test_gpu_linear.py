@@ -1,5 +1,7 @@
 """What only a GPU can show of fused application: graphs, programmatic launches, and results that do not depend on either."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -75,6 +77,18 @@ def test_the_two_compilers_agree(on_gpu):
     problem = kit.make(9, 2100, rows=(70, 33), ranks=(20,))
     first, second = (linear.decode_group(name, problem.x, problem.targets, problem.known) for name in ("jit", "aot"))
     assert all(torch.equal(y, same) for y, same in zip(first.ys, second.ys, strict=True))
+
+
+def test_a_new_thread_may_begin_with_a_launch(on_gpu):
+    """It has no current context yet."""
+    problem = kit.make(3, 264)
+
+    def apply():
+        return linear.decode_group(on_gpu, problem.x, problem.targets, problem.known).ys[0]
+
+    expected = apply()
+    with ThreadPoolExecutor(1) as pool:
+        assert torch.equal(pool.submit(apply).result(), expected)
 
 
 def test_nothing_waits_for_the_host(on_gpu):

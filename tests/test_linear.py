@@ -94,6 +94,12 @@ def test_too_much_is_refused(where):
     for problem in (kit.make(17, 8), kit.make(1, 8, rows=(1,) * 5), kit.make(1, 8, k=33)):
         with pytest.raises(InvalidValueError, match=r"at most (16 tokens|4 matrices|32 slots)"):
             apply(where, problem)
+    problem = kit.make(1, 8, rows=(3, 4))
+    problem.targets[1] = replace(problem.targets[1], a=problem.targets[1].a[:4], b=problem.targets[1].b[:4])
+    with pytest.raises(InvalidValueError, match=r"targets: expected 5 adapters each, got \[4\]"):
+        apply(where, problem)
+    with pytest.raises(InvalidValueError, match=r"targets: expected 6 adapters each, got \[5\]"):  # the router's rows
+        linear.decode_group(where, problem.x, problem.targets[:1], Router(torch.zeros(6, 8, dtype=problem.x.dtype), 2))
     with pytest.raises(InvalidValueError, match="route_topk: router_weight: .*at most 4096 adapters"):
         linear.route(where, problem.x, torch.zeros(4097, 8, dtype=problem.x.dtype), 2)
 

@@ -1,6 +1,7 @@
 """SGMV through the backends, as ops calls it: sim here, jit and aot on a GPU; graphs and sizes that only a GPU can show."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,19 @@ def test_one_call_for_one_matrix(name, rng):
     y = batch.y.clone()
     sgmv.add_adapters(name, y, batch.x, batch.a, batch.b, batch.ids, batch.gates, batch.scaling)
     mixtures.check(batch, y)
+
+
+@pytest.mark.parametrize("off", ["gates", "scaling"])
+def test_a_gate_or_scaling_of_zero_is_no_adapter(name, rng, off):
+    """Whatever the factors hold."""
+    batch = make_batch(rng, 20, 70, 50, 20, adapters=3)
+    without = replace(batch, ids=torch.where(batch.ids == 2, -1, batch.ids))
+    batch.a[2], batch.b[2] = torch.nan, torch.nan
+    if off == "gates":
+        batch.gates[batch.ids == 2] = 0.0
+    else:
+        batch.scaling[2] = 0.0
+    assert torch.equal(batch.run(name), without.run(name))
 
 
 def test_kernels_are_named_as_the_library_names_them(rng, monkeypatch, sim_library):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -220,19 +219,6 @@ def test_what_is_not_finite_stays_with_its_token(rng):
 
 
 # ---- several targets -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("off", ["gates", "scaling"])
-def test_a_gate_or_scaling_of_zero_is_no_adapter(rng, off):
-    """Whatever the factors hold."""
-    batch = make_batch(rng, 20, 70, 50, 20, adapters=3)
-    without = replace(batch, ids=torch.where(batch.ids == 2, -1, batch.ids))
-    batch.a[2], batch.b[2] = torch.nan, torch.nan
-    if off == "gates":
-        batch.gates[batch.ids == 2] = 0.0
-    else:
-        batch.scaling[2] = 0.0
-    assert bits(batch.run()) == bits(without.run())
 
 
 @pytest.mark.parametrize("odd", [False, True], ids=["aligned", "odd"])

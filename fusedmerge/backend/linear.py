@@ -148,12 +148,16 @@ def decode_group(
 ) -> Applied:
     """Up to four linears that share x [T, in], T up to 16: two launches; one where there is neither adapter nor source.
 
-    routing: None applies no adapter. source: how x is made, from the given input; None: it is the input. All targets have the same N.
-    Raises InvalidValueError for more of anything.
+    routing: None applies no adapter. source: how x is made, from the given input; None: it is the input. All targets have the same N, that
+    of a router. Raises InvalidValueError for more of anything, and for targets of different N.
     """
     where = launcher(backend, x.device)
     _check_count("x", "tokens", len(x), lp.MAX_TOKENS)
     _check_count("targets", "matrices", len(targets), lp.MAX_TARGETS)
+    counts = [len(routing.weight)] if isinstance(routing, Router) else []
+    counts += [len(target.a) for target in targets if target.a is not None]
+    if len(set(counts)) > 1:
+        raise InvalidValueError("lora_linear", "targets", f"{counts[0]} adapters each", counts[1:])
     group = _Group(x, targets, routing, source)
     if not len(x):
         return group.applied

@@ -13,7 +13,8 @@
 //   prologue   x, and z = A x            grid: a block for each 64 KB of A        prologue.cuh
 //   gemv       W x, and + B z            persistent, two blocks a multiprocessor  gemv.cuh
 //
-// Both are launched programmatically: the second fills its rings with W (13 MB over 132 multiprocessors, for T <= 8) while the first runs.
+// Both are launched programmatically: the second fills its rings with W while the first runs (for T <= 8 up to 13 MB over 132
+// multiprocessors; where a block of the first sits, shared memory leaves room for one of the second, not two).
 // No atomics, no spinning, no state between launches; a token's bits depend on its own x, ids and gates alone (products.cuh), not on the
 // batch, the grid or the run.
 #pragma once
