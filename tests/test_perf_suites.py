@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from fusedmerge.commands.plot_tables import group_markdown, groups_of
-from fusedmerge.moe import strategies
+from fusedmerge.moe import unmerged
 from perf import ablations, decoding, linears, peers, timing
 from perf import test_decode as decode_suite
 from perf import test_lora_linear as linear_suite
@@ -334,12 +334,12 @@ def test_a_row_of_the_table(bench, decode, row):
 
 def spoil_gates(monkeypatch, change):
     """Change the gates of `lora_linear` in decoding, but not in the float64 truth."""
-    right = strategies.lora_linear
+    right = unmerged.lora_linear
 
     def wrong(x, weight, a, b, ids, gates, *rest):
         return right(x, weight, a, b, ids, gates if x.dtype == torch.float64 else change(gates), *rest)
 
-    monkeypatch.setattr(strategies, "lora_linear", wrong)
+    monkeypatch.setattr(unmerged, "lora_linear", wrong)
 
 
 def test_a_wrong_logit_fails_a_row(bench, decode, monkeypatch):

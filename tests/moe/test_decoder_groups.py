@@ -91,7 +91,7 @@ ROUTERS = {"fused": lambda router: router, "module": as_module, "asked": lambda 
 CASES = [("lora_switch", kind) for kind in ROUTERS] + [("mola", "fused"), ("mola", "asked"), ("lora", "fused")]
 
 
-@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("batch", [4, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("method", "kind"), CASES)
 def test_each_token_is_within_bfloat16_rounding_of_the_truth(decoder, on_simulator, method, kind, batch):
     decoder.experts = with_routers(make_experts(decoder, method), ROUTERS[kind])
