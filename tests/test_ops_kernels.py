@@ -10,6 +10,7 @@ import torch
 
 import fusedmerge as fm
 from fusedmerge import backend, errors
+from fusedmerge.backend.cpu import exact_products
 from fusedmerge.ops import group_once, library, torch_linear, torch_route
 from fusedmerge.ops.arguments import Operands
 from tests import ops_kit
@@ -186,3 +187,20 @@ def test_a_gpu_without_a_backend_runs_torch_and_says_so_once(monkeypatch, caplog
         assert [library._backend("route_topk", "cuda", "", "") for _ in range(2)] == ["cpu", "cpu"]
     library._backend.cache_clear()
     assert len(caplog.records) == 1 and "route_topk runs in torch on cuda" in caplog.text and "aot: " in caplog.text
+
+
+def test_threads_that_overlap_leave_the_precision_as_it_was():
+    """The first to begin is not the last to end."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        set_by_caller = torch.backends.mkldnn.matmul.fp32_precision
+        first, second = exact_products(), exact_products()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert torch.backends.mkldnn.matmul.fp32_precision == "ieee" != set_by_caller
+        second.__exit__(None, None, None)
+        assert torch.backends.mkldnn.matmul.fp32_precision == set_by_caller
+    finally:
+        torch.set_float32_matmul_precision(before)

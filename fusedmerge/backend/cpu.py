@@ -10,6 +10,7 @@ and the next `apply` finishes or undoes exactly what is left.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -112,28 +113,43 @@ def merge_rows(
     live[rows].copy_(block)
 
 
+class _Precision:
+    """The process's precision of float32 products, which threads share: the first user sets it, the last one restores it."""
+
+    lock = threading.Lock()
+    users = 0
+    kept: tuple[str, ...] = ()
+
+
 @contextmanager
 def exact_products() -> Iterator[None]:
     """Float32 products in float32, whatever the caller chose for its model: bfloat16 or TF32 would spoil the single rounding."""
+    with _Precision.lock:
+        if _Precision.users == 0:
+            _Precision.kept = _set_precision(None)
+        _Precision.users += 1
+    try:
+        yield
+    finally:
+        with _Precision.lock:
+            _Precision.users -= 1
+            if _Precision.users == 0:
+                _set_precision(_Precision.kept)
+
+
+def _set_precision(kept: tuple[str, ...] | None) -> tuple[str, ...]:
+    """Set float32's own precision (None), or what was kept; returns what was there before."""
     import torch
 
     if not hasattr(torch.backends.mkldnn, "matmul"):  # torch before 2.9
-        precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(precision)
-        return
+        before: tuple[str, ...] = (torch.get_float32_matmul_precision(),)
+        torch.set_float32_matmul_precision("highest" if kept is None else kept[0])
+        return before
     switches = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
-    kept = [switch.fp32_precision for switch in switches]
-    try:
-        for switch in switches:
-            switch.fp32_precision = "ieee"
-        yield
-    finally:
-        for switch, precision in zip(switches, kept, strict=True):
-            switch.fp32_precision = precision
+    before = tuple(switch.fp32_precision for switch in switches)
+    for switch, precision in zip(switches, kept or ("ieee",) * len(switches), strict=True):
+        switch.fp32_precision = precision
+    return before
 
 
 class _Block:
