@@ -197,7 +197,7 @@ class Routing:
 
     def branch(self, decided: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Routing:
         """The same call's routing for a region that may run again: what was decided before it, and no records yet."""
-        inner = Routing(self.owner, self.root, self.parent, mask=self.mask, keeps=self.keeps, last=self.last)
+        inner = Routing(self.owner, self.root, self.parent, mask=self.mask, keeps=self.keeps, last=self.last, bare=self.bare)
         inner.decided = dict(decided)
         return inner
 
