@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Structure", "find", "structure"]
 
 _ATTRIBUTE = "_fusedmerge_moe"
+_CHECKPOINTING = "_gradient_checkpointing_func"  # transformers' layers hold what they checkpoint themselves with
 
 
 def find(model: nn.Module) -> Structure | None:
@@ -189,6 +190,9 @@ class Structure:
             handle.remove()
         for undo in reversed(self._undo):
             undo()
+        for module in self.model.modules():
+            if isinstance(run := module.__dict__.get(_CHECKPOINTING), Carried):
+                setattr(module, _CHECKPOINTING, run.run)
         delattr(self.model, _ATTRIBUTE)
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -251,9 +255,9 @@ class Structure:
 def _carry_checkpoints(model: nn.Module) -> None:
     """transformers' layers checkpoint themselves with a function that they hold: let it carry the routing."""
     for module in model.modules():
-        run = module.__dict__.get("_gradient_checkpointing_func")
+        run = module.__dict__.get(_CHECKPOINTING)
         if run is not None and not isinstance(run, Carried):
-            module._gradient_checkpointing_func = Carried(run)  # type: ignore[assignment]
+            setattr(module, _CHECKPOINTING, Carried(run))
 
 
 def _given(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
