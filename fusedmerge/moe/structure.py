@@ -224,7 +224,7 @@ class Structure:
         if isinstance(router, TableRouter):
             input_ids = _input_ids(args, kwargs)
             cache, more = own_cache(routing.root, args, kwargs) if router.holds else (None, {})
-            ids, gates = routing.decided["router"] = router(input_ids, getattr(cache, "_held", None))
+            ids, gates = routing.decided["router"] = router(input_ids, getattr(cache, "_held", None), _latest(routing.mask, input_ids))
             if cache is not None:
                 cache._held = ids[..., -1, :], gates[..., -1, :]
             return more
@@ -270,6 +270,13 @@ def _input_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     if not isinstance(given, torch.Tensor) or given.is_floating_point():
         raise StateError("table router", "model", "a forward with input_ids", type(given).__name__)
     return given
+
+
+def _latest(mask: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor | None:
+    """The part of a mask [B, earlier + T] that is for tokens [B, T]; None for a mask of another form."""
+    if mask is None or mask.dim() != 2 or tokens.dim() != 2 or mask.shape[1] < tokens.shape[1]:
+        return None
+    return mask[:, -tokens.shape[1] :]
 
 
 def _device(model: nn.Module) -> torch.device:

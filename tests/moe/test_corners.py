@@ -252,3 +252,20 @@ def test_eject_gives_transformers_its_own_checkpointing_back():
 def test_a_path_is_a_path():
     with pytest.raises(InvalidTypeError, match="directory"):
         Decoder.from_pretrained(3)
+
+
+@pytest.mark.parametrize("of", [lambda model: model, Decoder.from_model])
+def test_padding_does_not_steer(of):
+    model = adapted(router="control")
+    steers = fm.moe.structure(model).routers["router"].steers
+    steers[:] = False
+    steers[0] = True
+    ids = tokens(2, 7).clamp_min(1)
+    ids[1, :4] = 0  # padding, by a token that steers elsewhere
+    ids[0, 2] = 0
+    mask = (torch.arange(7) >= torch.tensor([0, 4])[:, None]).long()
+    for strategy in ("unfused", "fused"):
+        together = fm.moe.generate(of(model), ids, 6, strategy=strategy, attention_mask=mask)
+        for row in range(2):
+            alone = fm.moe.generate(of(model), ids[row : row + 1, mask[row].bool()], 6, strategy=strategy)
+            assert torch.equal(together[row, -6:], alone[0, -6:])
