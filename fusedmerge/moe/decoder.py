@@ -103,6 +103,8 @@ class Decoder:
         Raises MissingFileError; FormatError for another architecture, an option that is not computed here, a tensor that is missing or
         unknown, a damaged file; ShapeError; DeviceError.
         """
+        if not isinstance(directory, (str, os.PathLike)):
+            raise InvalidTypeError(_OP, "directory", "a path", type(directory).__name__)
         where = usable_device(device, _OP)
         config, weights = read_checkpoint(directory, dtype, where)
         if experts is not None and not isinstance(experts, ExpertSet):

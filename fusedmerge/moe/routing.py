@@ -152,14 +152,18 @@ class TableRouter(nn.Module):
         self.gates = gates.to(self.gates.device)  # float32 whatever the model becomes
         return self
 
-    def forward(self, input_ids: torch.Tensor, held: tuple[torch.Tensor, torch.Tensor] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """input_ids [..., T] -> ids int32 [..., T, k], gates float32 [..., T, k]. held: what earlier tokens left, [..., k] each."""
+    def forward(
+        self, input_ids: torch.Tensor, held: tuple[torch.Tensor, torch.Tensor] | None = None, mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """input_ids [..., T] -> ids int32 [..., T, k], gates float32 [..., T, k]. held: what earlier tokens left, [..., k] each.
+        mask [..., T]: 0 for padding, which does not steer."""
         ids = self.ids[input_ids]
         gates = torch.where(ids >= 0, self.gates[input_ids], 0.0)
         if not self.holds:
             return ids, gates
         places = torch.arange(input_ids.shape[-1], device=input_ids.device)
-        last = torch.where(self.steers[input_ids], places, -1).cummax(dim=-1).values[..., None]  # [..., T, 1]; -1: none yet
+        steers = self.steers[input_ids] if mask is None else self.steers[input_ids] & mask.bool()
+        last = torch.where(steers, places, -1).cummax(dim=-1).values[..., None]  # [..., T, 1]; -1: none yet
         before = (
             (-torch.ones_like(ids[..., :1, :]), torch.zeros_like(gates[..., :1, :])) if held is None else (t[..., None, :] for t in held)
         )
@@ -197,7 +201,7 @@ class Routing:
 
     def branch(self, decided: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Routing:
         """The same call's routing for a region that may run again: what was decided before it, and no records yet."""
-        inner = Routing(self.owner, self.root, self.parent, mask=self.mask, keeps=self.keeps, last=self.last)
+        inner = Routing(self.owner, self.root, self.parent, mask=self.mask, keeps=self.keeps, last=self.last, bare=self.bare)
         inner.decided = dict(decided)
         return inner
 

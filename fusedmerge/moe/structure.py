@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Structure", "find", "injected", "structure"]
 
 _ATTRIBUTE = "_fusedmerge_moe"
+_CHECKPOINTING = "_gradient_checkpointing_func"  # transformers' layers hold what they checkpoint themselves with
 
 
 def find(model: nn.Module) -> Structure | None:
@@ -194,6 +195,9 @@ class Structure:
             handle.remove()
         for undo in reversed(self._undo):
             undo()
+        for module in self.model.modules():
+            if isinstance(run := module.__dict__.get(_CHECKPOINTING), Carried):
+                setattr(module, _CHECKPOINTING, run.run)
         delattr(self.model, _ATTRIBUTE)
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -225,7 +229,7 @@ class Structure:
         if isinstance(router, TableRouter):
             input_ids = _input_ids(args, kwargs)
             cache, more = own_cache(routing.root, args, kwargs) if router.holds else (None, {})
-            ids, gates = routing.decided["router"] = router(input_ids, getattr(cache, "_held", None))
+            ids, gates = routing.decided["router"] = router(input_ids, getattr(cache, "_held", None), _latest(routing.mask, input_ids))
             if cache is not None:
                 cache._held = ids[..., -1, :], gates[..., -1, :]
             return more
@@ -256,9 +260,9 @@ class Structure:
 def _carry_checkpoints(model: nn.Module) -> None:
     """transformers' layers checkpoint themselves with a function that they hold: let it carry the routing."""
     for module in model.modules():
-        run = module.__dict__.get("_gradient_checkpointing_func")
+        run = module.__dict__.get(_CHECKPOINTING)
         if run is not None and not isinstance(run, Carried):
-            module._gradient_checkpointing_func = Carried(run)  # type: ignore[assignment]
+            setattr(module, _CHECKPOINTING, Carried(run))
 
 
 def _given(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -271,6 +275,13 @@ def _input_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     if not isinstance(given, torch.Tensor) or given.is_floating_point():
         raise StateError("table router", "model", "a forward with input_ids", type(given).__name__)
     return given
+
+
+def _latest(mask: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor | None:
+    """The part of a mask [B, earlier + T] that is for tokens [B, T]; None for a mask of another form."""
+    if mask is None or mask.dim() != 2 or tokens.dim() != 2 or mask.shape[1] < tokens.shape[1]:
+        return None
+    return mask[:, -tokens.shape[1] :]
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -87,7 +87,9 @@ class Routed(Apply):
         router = self.experts.routers[name]
         if not isinstance(router, TableRouter):
             return router(x)
-        ids, gates = router(self.tokens, None if self.cache.is_fresh else self.cache.held)
+        fresh, length = self.cache.is_fresh, self.tokens.shape[1]
+        mask = self.cache.slots[:length] >= self.cache.padding[:, None] if fresh else None  # [B, T]
+        ids, gates = router(self.tokens, None if fresh else self.cache.held, mask)
         if router.holds:
             self._hold(ids[:, -1], gates[:, -1])
         return ids, gates

@@ -10,7 +10,7 @@ from torch import nn
 
 import fusedmerge as fm
 from fusedmerge.cost import Rates
-from fusedmerge.errors import ShapeError, StateError, UnknownNameError
+from fusedmerge.errors import InvalidTypeError, ShapeError, StateError, UnknownNameError
 from fusedmerge.moe import auto
 from fusedmerge.moe.decoder import Decoder
 from fusedmerge.moe.routing import innermost
@@ -235,3 +235,37 @@ def test_duplicates_in_a_table_add():
     router = fm.moe.structure(model).routers["router"]
     assert router.ids[7:9].tolist() == [[0, 1], [1, -1]]
     assert router.gates[7:9].tolist() == [[2.0, 1.0], [0.75, 0.0]]
+
+
+def test_eject_gives_transformers_its_own_checkpointing_back():
+    model = tiny()
+    model.gradient_checkpointing_enable()
+    layers = [module for module in model.modules() if "_gradient_checkpointing_func" in module.__dict__]
+    before = [layer._gradient_checkpointing_func for layer in layers]
+    fm.moe.inject(model, config())
+    model.train()(tokens(), labels=tokens(), use_cache=False).loss.backward()
+    assert all(layer._gradient_checkpointing_func is not function for layer, function in zip(layers, before, strict=True))
+    fm.moe.eject(model)
+    assert all(layer._gradient_checkpointing_func is function for layer, function in zip(layers, before, strict=True))
+
+
+def test_a_path_is_a_path():
+    with pytest.raises(InvalidTypeError, match="directory"):
+        Decoder.from_pretrained(3)
+
+
+@pytest.mark.parametrize("of", [lambda model: model, Decoder.from_model])
+def test_padding_does_not_steer(of):
+    model = adapted(router="control")
+    steers = fm.moe.structure(model).routers["router"].steers
+    steers[:] = False
+    steers[0] = True
+    ids = tokens(2, 7).clamp_min(1)
+    ids[1, :4] = 0  # padding, by a token that steers elsewhere
+    ids[0, 2] = 0
+    mask = (torch.arange(7) >= torch.tensor([0, 4])[:, None]).long()
+    for strategy in ("unfused", "fused"):
+        together = fm.moe.generate(of(model), ids, 6, strategy=strategy, attention_mask=mask)
+        for row in range(2):
+            alone = fm.moe.generate(of(model), ids[row : row + 1, mask[row].bool()], 6, strategy=strategy)
+            assert torch.equal(together[row, -6:], alone[0, -6:])
