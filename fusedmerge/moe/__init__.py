@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from fusedmerge.moe.generate import generate as generate
     from fusedmerge.moe.inject import eject as eject
     from fusedmerge.moe.inject import inject as inject
-    from fusedmerge.moe.losses import aux_loss as aux_loss
     from fusedmerge.moe.routing import checkpoint as checkpoint
     from fusedmerge.moe.storage import load as load
     from fusedmerge.moe.storage import save as save
+    from fusedmerge.moe.structure import aux_loss as aux_loss
     from fusedmerge.moe.structure import structure as structure
     from fusedmerge.moe.training import train as train
 
@@ -30,7 +30,7 @@ _LAZY = {
     "Decoder": "decoder",
     "ExpertSet": "experts",
     "LoRAMoEConfig": "config",
-    "aux_loss": "losses",
+    "aux_loss": "structure",
     "checkpoint": "routing",
     "compose": "compose",
     "eject": "inject",

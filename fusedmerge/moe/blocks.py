@@ -8,10 +8,9 @@ import torch
 from torch import nn
 
 from fusedmerge.moe.layers import Experts, MoELinear, coefficients
-from fusedmerge.moe.routing import Router, decide, wide_precision
+from fusedmerge.moe.routing import Owner, Router, decide, wide_precision
 
 if TYPE_CHECKING:
-    from fusedmerge.moe.structure import Structure
     from fusedmerge.moe.targets import Block
 
 __all__ = ["MixLoRABlock", "PESCBlock"]
@@ -24,7 +23,7 @@ class MixLoRABlock(nn.Module):
     not targeted. The router reads the MLP's input.
     """
 
-    def __init__(self, owner: Structure, name: str, base_layer: nn.Module, router: Router) -> None:
+    def __init__(self, owner: Owner, name: str, base_layer: nn.Module, router: Router) -> None:
         super().__init__()
         self.owner, self.name, self.base_layer, self.router = owner, name, base_layer, router
 
@@ -54,7 +53,7 @@ class PESCBlock(Experts):
     Down is lora_A [N, r, d], Up is lora_B [N, d, r]; dropout on h, as its authors' code has it. base_layer is the MLP.
     """
 
-    def __init__(self, owner: Structure, block: Block, name: str, router: Router, generator: torch.Generator) -> None:
+    def __init__(self, owner: Owner, block: Block, name: str, router: Router, generator: torch.Generator) -> None:
         super().__init__(owner, name, router)
         self.base_layer = block.module
         self._make_factors(block.num_experts, (block.out_features, block.out_features), block.dtype, block.device, generator)

@@ -11,16 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from fusedmerge.moe.routing import Router, decide, wide_precision
+from fusedmerge.moe.routing import Owner, Router, decide, wide_precision
 from fusedmerge.ops import lora_linear
-
-if TYPE_CHECKING:
-    from fusedmerge.moe.structure import Structure
 
 __all__ = ["Experts", "MoELinear", "coefficients", "lora_delta"]
 
@@ -56,7 +52,7 @@ class Experts(nn.Module):
     first: torch.Tensor
     whole: torch.Tensor
 
-    def __init__(self, owner: Structure, name: str, router: Router | None = None, shared: str | None = None) -> None:
+    def __init__(self, owner: Owner, name: str, router: Router | None = None, shared: str | None = None) -> None:
         super().__init__()
         self.owner = owner
         self.name = name  # canonical, of the module that this one stands for
@@ -122,7 +118,7 @@ class MoELinear(Experts):
 
     def __init__(
         self,
-        owner: Structure,
+        owner: Owner,
         name: str,
         base_layer: nn.Linear,
         num_experts: int,

@@ -15,29 +15,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fusedmerge.errors import ShapeError, StateError
+from fusedmerge.errors import ShapeError
 
 if TYPE_CHECKING:
     from fusedmerge.moe.config import LoRAMoEConfig
     from fusedmerge.moe.routing import Record
 
-__all__ = ["aux_loss", "balance_loss", "localized_balance", "total_loss", "z_loss"]
+__all__ = ["balance_loss", "localized_balance", "total_loss", "z_loss"]
 
 _DELTA = 0.1  # LoRAMoE's delta
-
-
-def aux_loss(model: torch.nn.Module) -> torch.Tensor:
-    """The weighted auxiliary loss of the model's last forward: a scalar, differentiable, as it was added to outputs.loss.
-
-    The forward must have been made with gradients on, with labels, or inside `structure(model).recording()`: others keep no logits.
-    Raises StateError.
-    """
-    from fusedmerge.moe.structure import injected
-
-    found = injected(model, "aux_loss")
-    if found.last_loss is None:
-        raise StateError("aux_loss", "model", "a forward before it, with gradients on, with labels or in recording()", "none")
-    return found.last_loss()
 
 
 def total_loss(

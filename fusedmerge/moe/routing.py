@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -22,10 +22,11 @@ from fusedmerge.ops import route_topk
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    from fusedmerge.moe.structure import Structure
+    from fusedmerge.moe.config import LoRAMoEConfig
 
 __all__ = [
     "Carried",
+    "Owner",
     "Record",
     "Router",
     "Routing",
@@ -40,6 +41,21 @@ __all__ = [
     "under_way",
     "wide_precision",
 ]
+
+
+class Owner(Protocol):
+    """What routings, layers and blocks need of the `Structure` that they belong to (fusedmerge.moe.structure)."""
+
+    model: nn.Module
+    config: LoRAMoEConfig
+    places: dict[str, str]
+
+    @property
+    def is_suspended(self) -> bool: ...
+
+    def shared_router(self, root: nn.Module, name: str, place: str) -> nn.Module: ...
+
+    def note(self, name: str) -> None: ...
 
 
 class Record(NamedTuple):
@@ -185,7 +201,7 @@ class Routing:
 
     def __init__(
         self,
-        owner: Structure,
+        owner: Owner,
         root: nn.Module,
         parent: Routing | None = None,
         *,
@@ -246,7 +262,7 @@ def _repeats(shape: torch.Size, tokens: torch.Size) -> bool:
 _CURRENT: ContextVar[Routing | None] = ContextVar("fusedmerge.moe.routing", default=None)
 
 
-def outside(owner: Structure) -> Routing | None:
+def outside(owner: Owner) -> Routing | None:
     """What is under way around a forward of `owner`'s model that begins. A forward of the same model is none: it was interrupted by
     what torch calls no hook for (KeyboardInterrupt), and is over."""
     leave(owner)
@@ -258,7 +274,7 @@ def innermost() -> Routing | None:
     return _CURRENT.get()
 
 
-def current(owner: Structure) -> Routing | None:
+def current(owner: Owner) -> Routing | None:
     """The routing of the innermost forward of `owner`'s model that is under way in this thread."""
     routing = _CURRENT.get()
     while routing is not None and routing.owner is not owner:
@@ -283,7 +299,7 @@ def enter(routing: Routing) -> None:
     _CURRENT.set(routing)
 
 
-def leave(owner: Structure) -> Routing | None:
+def leave(owner: Owner) -> Routing | None:
     """End `owner`'s forward, whatever state an exception has left inside it; its routing (None if none is under way)."""
     routing = current(owner)
     if routing is not None:
@@ -291,7 +307,7 @@ def leave(owner: Structure) -> Routing | None:
     return routing
 
 
-def decide(owner: Structure, name: str, x: torch.Tensor, router: nn.Module | None, place: str) -> tuple[torch.Tensor, torch.Tensor]:
+def decide(owner: Owner, name: str, x: torch.Tensor, router: nn.Module | None, place: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(ids [..., k], gates [..., k]) for the tokens of x [..., in], as `Routing.route`, in whichever forward is under way."""
     routing = current(owner)
     if routing is None:

@@ -23,7 +23,7 @@ from fusedmerge.moe.xlora import XLoRAClassifier, arguments, first_pass, own_cac
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
-__all__ = ["Structure", "find", "injected", "structure"]
+__all__ = ["Structure", "aux_loss", "find", "injected", "structure"]
 
 _ATTRIBUTE = "_fusedmerge_moe"
 _CHECKPOINTING = "_gradient_checkpointing_func"  # transformers' layers hold what they checkpoint themselves with
@@ -49,6 +49,18 @@ def injected(model: nn.Module, operation: str) -> Structure:
 def structure(model: nn.Module) -> Structure:
     """What `inject` made of `model`. Raises StateError where there is nothing."""
     return injected(model, "structure")
+
+
+def aux_loss(model: nn.Module) -> torch.Tensor:
+    """The weighted auxiliary loss of the model's last forward: a scalar, differentiable, as it was added to outputs.loss.
+
+    The forward must have been made with gradients on, with labels, or inside `structure(model).recording()`: others keep no logits.
+    Raises StateError.
+    """
+    found = injected(model, "aux_loss")
+    if found.last_loss is None:
+        raise StateError("aux_loss", "model", "a forward before it, with gradients on, with labels or in recording()", "none")
+    return found.last_loss()
 
 
 class Structure:

@@ -16,11 +16,10 @@ import torch
 from torch import nn
 
 from fusedmerge.errors import InvalidTypeError, InvalidValueError, StateError
-from fusedmerge.moe.routing import Routing, innermost, under_way, wide_precision
+from fusedmerge.moe.routing import Owner, Routing, innermost, under_way, wide_precision
 
 if TYPE_CHECKING:
     from fusedmerge.moe.config import LoRAMoEConfig
-    from fusedmerge.moe.structure import Structure
 
 __all__ = ["XLoRAClassifier", "XLoRAOptions", "first_pass"]
 
@@ -111,7 +110,7 @@ def hidden_size_of(model: nn.Module, operation: str) -> int:
     return size
 
 
-def first_pass(owner: Structure, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
+def first_pass(owner: Owner, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
     """The bare model's last hidden states [B, T, d] for a forward's arguments, and the arguments for the second pass.
 
     With a key-value cache the first pass has one of its own, kept on the caller's cache object: its keys and values are the bare model's.
