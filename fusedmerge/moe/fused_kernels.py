@@ -157,12 +157,14 @@ class FusedKernels(Fused):
         The number of tokens has no say: a token's bits do not depend on its batch.
         """
         choice = _choice(self.experts.routers[router]) if router is not None and self._reads(router) else None
-        if choice is None or choice[0].dtype not in (x.dtype, torch.float32) or choice[0].stride(-1) != 1:
+        if choice is None:
             return None
         weight, k, normalize = choice
-        factors = [self.experts.linears[name].a for name in members if name in self.experts.linears]
-        spare = sum((len(a) - k) * a[0].numel() * a.element_size() for a in factors)
-        if spare > _SPARE_BYTES or any(len(a) != len(weight) for a in factors):
+        factors = [self.experts.linears[name].a for name in members if name in self.experts.linears]  # [N, r, in] each
+        fits = all(weight.shape == (len(a), x.shape[-1]) for a in factors) and 1 <= k <= len(weight)  # else `route_topk` tells why not
+        typed = weight.dtype in (x.dtype, torch.float32) and weight.device == x.device and weight.stride(-1) == 1
+        spare = sum((len(a) - k) * a.shape[1] * a.shape[2] * a.element_size() for a in factors)
+        if not (fits and typed) or spare > _SPARE_BYTES:
             return None
         return linear.Router(weight, k, normalize)
 
