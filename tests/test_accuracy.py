@@ -140,6 +140,21 @@ def test_plot_renders_the_experiment(tmp_path: Path) -> None:
     assert accuracy_markdown(given) in (tmp_path / "docs" / "results.md").read_text()
 
 
+RESULTS = sorted((Path(__file__).parents[1] / "perf" / "results").glob("*/accuracy*.json"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_the_document_holds_the_committed_results(path: Path) -> None:
+    """Table and statements follow from the seeds in the file."""
+    found = json.loads(path.read_text())
+    assert accuracy_markdown(found) in (Path(__file__).parents[1] / "docs" / "accuracy.md").read_text()
+    seeds = {name: entry["seeds"] for name, entry in found["methods"].items()}
+    if found.get("gate"):
+        assert found["gate"] == report.gate(seeds["oracle"], seeds["lora_equal_total"])
+    if found.get("criteria"):
+        assert found["criteria"] == report.conclude(seeds)
+
+
 # ---------------------------------------------------------------------- data
 
 
