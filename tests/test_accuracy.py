@@ -131,10 +131,14 @@ def test_plot_renders_the_experiment(tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
     page = tmp_path / "docs" / "accuracy.md"
     page.write_text("Before\n<!-- results: cpu-2core/accuracy -->\n<!-- /results -->\nAfter\n")
-    written = render_results(tmp_path / "results", tmp_path / "docs")
+    readme = tmp_path / "README.md"
+    readme.write_text('<!-- results: cpu-2core/accuracy, group "criteria" -->\n<!-- /results -->\n')
+    written = render_results(tmp_path / "results", tmp_path / "docs", readme)
     assert {path.name for path in written} == {
-        "cpu-2core-accuracy-seeds.png", "cpu-2core-accuracy-experts.png", "results.md", "accuracy.md",
+        "cpu-2core-accuracy-seeds.png", "cpu-2core-accuracy-experts.png", "results.md", "accuracy.md", "README.md",
     }  # fmt: skip
+    statements = accuracy_markdown(given, methods=False)
+    assert statements in readme.read_text() and accuracy_markdown(given) not in readme.read_text()
     assert all(path.stat().st_size > 0 for path in written)
     assert accuracy_markdown(given) in page.read_text()
     assert accuracy_markdown(given) in (tmp_path / "docs" / "results.md").read_text()

@@ -14,8 +14,8 @@ from fusedmerge.commands.tables import markdown_table
 __all__ = ["accuracy_markdown", "accuracy_pictures"]
 
 
-def accuracy_markdown(results: Mapping[str, Any]) -> str:
-    """The setting, the gate, the criteria and the table of methods, as results say them."""
+def accuracy_markdown(results: Mapping[str, Any], methods: bool = True) -> str:
+    """The setting, the gate, the criteria and (where asked for) the table of methods, as results say them."""
     lines = [head_markdown(results)]
     lines += [f"Notice: {notice}." for notice in results["notices"]]
     if results.get("gate"):
@@ -30,7 +30,8 @@ def accuracy_markdown(results: Mapping[str, Any]) -> str:
             margin = f" (margin ±{judged['margin']:.4f})" if "margin" in judged else ""
             rows.append([judged["text"] + margin, " - ".join(judged["of"]), _signed(judged), "yes" if judged["holds"] else "**no**"])
         lines.append(markdown_table(["stated beforehand", "difference", "bits per byte, 95 % interval", "holds"], rows))
-    lines.append(_methods_table(results["methods"]))
+    if methods:
+        lines.append(_methods_table(results["methods"]))
     return "\n\n".join(lines)
 
 

@@ -48,7 +48,7 @@ def render_results(results: Path, docs: Path, readme: Path | None = None) -> lis
     docs/*.md. Returns what was written; pictures of these devices that no suite has any more are removed.
 
     A marked block is what lies between `<!-- results: device/suite -->` and `<!-- /results -->`; `<!-- results: device/suite, group
-    "name" -->` takes one table of the suite.
+    "name" -->` takes one table of the suite (of the accuracy experiment: group "criteria").
     """
     suites = load_results(results)
     images = docs / "img"
@@ -83,6 +83,8 @@ def _refresh(page: Path, suites: Mapping[str, Mapping[str, Any]]) -> bool:
         mark, key, group = match.groups()
         if key not in suites:
             raise FormatError("plot", str(page), f"one of {', '.join(suites)} in a results mark", key)
+        if "methods" in suites[key] and group == "criteria":
+            return f"{mark}\n{accuracy_markdown(suites[key], methods=False)}\n<!-- /results -->"
         groups = groups_of(suites[key])
         if group is not None and group not in groups:
             raise FormatError("plot", str(page), f"one of {', '.join(groups)} as the group of a results mark", group)
