@@ -52,6 +52,7 @@ def test_registers_and_spills(compiled, arch):
         assert figures["registers"] <= CEILING[kind_of(name)], (name, figures)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", test_compile.ARCHITECTURES)
 def test_instructions(compiled, cuobjdump, arch):
     text = subprocess.run([cuobjdump, "-sass", str(compiled(arch)[0])], capture_output=True, text=True, check=True).stdout

@@ -53,6 +53,7 @@ def test_a_step_that_outlasts_the_budget_is_ended_with_its_children(tmp_path):
     assert partial.read_text() == "kept\n"
 
 
+@pytest.mark.slow
 def test_one_that_ignores_the_signal_is_ended_too():
     start = time.monotonic()
     verdicts, _ = run([step("stubborn", "trap '' TERM; while :; do sleep 0.1; done")], 0.5)

@@ -66,6 +66,7 @@ def test_a_gpu_newer_than_nvrtc_gets_ptx_and_one_too_old_is_refused(cache):
         compiler.compiled(SMALL, (7, 0))
 
 
+@pytest.mark.slow
 def test_the_second_time_nothing_is_compiled(cache, compilations):
     first = compiler.compiled(SMALL, HOPPER)
     assert compiler.compiled(SMALL, HOPPER) == first and len(compilations) == 1

@@ -62,6 +62,7 @@ def compiled(tmp_path_factory):
     return build
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_kernels(compiled, arch):
     figures, sass, _ = compiled(arch)
@@ -109,6 +110,7 @@ def test_the_host_side(measured, name, tmp_path):
     assert f"## micro_{name}" in (tmp_path / "results.md").read_text()
 
 
+@pytest.mark.slow
 def test_every_launch_hands_over_what_the_kernel_takes(compiled, measured):
     """Kernels, argument sizes, threads and shared memory as the host side has them, against the cubins."""
     figures, _, place = compiled("sm_90a")

@@ -155,6 +155,7 @@ def test_plot_refuses_damaged_results(tmp_path):
         plot.load_results(tmp_path / "results")
 
 
+@pytest.mark.slow
 def test_docs_are_what_the_committed_results_give(tmp_path):
     """docs/results.md and README's blocks, from perf/results; every picture is there."""
     readme = tmp_path / "README.md"
