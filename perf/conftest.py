@@ -6,6 +6,7 @@ Timings never decide whether a test passes; wrong results do, and a suite with a
 from __future__ import annotations
 
 import dataclasses
+import gc
 import sys
 import time
 from collections.abc import Generator, Iterator
@@ -48,6 +49,17 @@ def pytest_configure(config: pytest.Config) -> None:
 _STARTED = pytest.StashKey[float]()
 _FAILED = pytest.StashKey[bool]()
 _SUITES = pytest.StashKey[list[Suite]]()
+
+
+@pytest.fixture(autouse=True)
+def _free() -> Iterator[None]:
+    """What a benchmark held is gone before the next one begins."""
+    import torch
+
+    yield
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @pytest.hookimpl(wrapper=True)

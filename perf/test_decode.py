@@ -7,7 +7,6 @@ of its proportions. Logits are compared with float64 truth over the same routes.
 
 from __future__ import annotations
 
-import gc
 import statistics
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -81,14 +80,6 @@ ROWS = [*CAPTURED, *EAGER, UNPACKED, *TRANSFORMERS]
 @pytest.fixture(scope="module")
 def bench() -> Workbench:
     return workbench(BACKBONE, WHERE)
-
-
-@pytest.fixture(autouse=True)
-def _free() -> Iterator[None]:
-    yield
-    gc.collect()
-    if GPU:
-        torch.cuda.empty_cache()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -6,13 +6,11 @@ the cache. Sizes are those of Llama-2-7B on a GPU, and of its small double on a 
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 
 import fusedmerge as fm
 from fusedmerge.commands.demo_setup import clone
@@ -53,14 +51,6 @@ for width in (0.125, 0.25, 0.5, 1.0):
     scaled = LLAMA_2_7B.scaled(int(MAIN.hidden * width), MAIN.layers)
     SWEEPS["bytes"].append(Point("GB moved", model.switch_exact(scaled.shapes, 64, 2).bytes / 1e9, scaled))
 POINTS = [pytest.param(point, id=f"{name}={point.x:.3g}") for name, points in SWEEPS.items() for point in points]
-
-
-@pytest.fixture(autouse=True)
-def _free() -> Any:
-    yield
-    gc.collect()
-    if GPU:
-        torch.cuda.empty_cache()
 
 
 @pytest.fixture(scope="module", autouse=True)

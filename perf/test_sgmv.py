@@ -8,7 +8,6 @@ peers do): tokens, adapters and ranks, and mixes, every way in a CUDA graph over
 from __future__ import annotations
 
 import functools
-import gc
 import math
 import statistics
 from collections.abc import Callable, Iterator
@@ -72,14 +71,6 @@ def _setting(suite: Suite) -> Iterator[None]:
     )
     with torch.no_grad():
         yield
-
-
-@pytest.fixture(autouse=True)
-def _free() -> Iterator[None]:
-    yield
-    gc.collect()
-    if GPU:
-        torch.cuda.empty_cache()
 
 
 def timed(benchmark: Any, calls: Calls, sets: int, rounds: int, seconds: float = SECONDS) -> dict[str, list[float]]:

@@ -7,7 +7,6 @@ All ways of a comparison take turns within each round; every result is compared 
 from __future__ import annotations
 
 import functools
-import gc
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -51,14 +50,6 @@ TITLES = {
     "addmm_bfloat16_compiled": "addmm loop, bfloat16, torch.compile",
     "triton": "single-matrix Triton merge",
 }
-
-
-@pytest.fixture(autouse=True)
-def _free() -> Any:
-    yield
-    gc.collect()
-    if GPU:
-        torch.cuda.empty_cache()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,10 +1,9 @@
-"""The suites of fused application and decoding at toy size: they run, a wrong result fails them, an absent peer is told by its reason."""
+"""The suites of fused application at toy size: they run, a wrong result fails them, an absent peer is told by its reason."""
 
 from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
-import json
 import math
 import os
 import subprocess
@@ -16,30 +15,14 @@ import pytest
 import torch
 
 from fusedmerge.commands.plot_tables import group_markdown, groups_of
-from fusedmerge.moe import unmerged
-from perf import ablations, decoding, linears, peers, timing
-from perf import test_decode as decode_suite
+from perf import ablations, linears, peers, timing
 from perf import test_lora_linear as linear_suite
 from perf import test_sgmv as sgmv_suite
-from perf.backbones import LLAMA_2_7B
-from perf.decoding import Row, Workbench
 from perf.evidence import Suite
-from perf.model import Ceilings
+from tests.perf_kit import CEILINGS, CPU, Benchmark
 
 ROOT = Path(__file__).resolve().parents[1]
-CPU = torch.device("cpu")
-TOY = LLAMA_2_7B.scaled(64, 2)
-CEILINGS = Ceilings(copy=1e10, read=1e10, flops=1e11, flops_float32=1e11)
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-class Benchmark:
-    """pytest-benchmark's pedantic, without its report."""
-
-    def pedantic(self, target, setup, rounds, iterations):
-        for _ in range(rounds):
-            arguments, keywords = setup()
-            target(*arguments, **keywords)
 
 
 @pytest.fixture(autouse=True)
@@ -291,137 +274,6 @@ def test_segments_of_one_adapter():
     assert found.weight_indices.tolist() == [0, 1, 2, 2] and starts == [0, 12, 18, 34, 36]
     for begin, end, adapter in zip(starts, starts[1:], found.weight_indices.tolist(), strict=False):
         assert (ids[found.permutation[begin:end].long()] == adapter).all()
-
-
-# ---------------------------------------------------------------------- decoding
-
-
-@pytest.fixture(scope="module")
-def bench():
-    return Workbench(TOY, CPU)
-
-
-@pytest.fixture
-def decode(monkeypatch):
-    for suite in (decode_suite, ablations):
-        monkeypatch.setattr(suite, "WHERE", CPU)
-        monkeypatch.setattr(suite, "GPU", False)
-        monkeypatch.setattr(suite, "BACKBONE", TOY)
-        monkeypatch.setattr(suite, "LONGEST", 8)
-    return types.SimpleNamespace(getoption=lambda name: {"--sharegpt": None, "--new-tokens": 2}[name])
-
-
-def row_of(engine, method, strategy):
-    return Row(f"{method}, {strategy}", method, strategy, engine, config={"r": 4})
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        row_of("decoder", "lora_switch", "merged"), row_of("decoder", "lora_switch", "auto"), row_of("transformers", "xlora", "unfused"),
-        row_of("transformers", "moral", "merged-simple"), Row("backbone", "", "backbone"),
-    ],
-    ids=lambda row: f"{row.method}-{row.strategy}",
-)  # fmt: skip
-def test_a_row_of_the_table(bench, decode, row):
-    suite = Suite("decode")
-    decode_suite.test_row(Benchmark(), suite, CEILINGS, 2, bench, row, decode)
-    [case] = suite.cases
-    assert case["error"]["of_backbone"] < decoding.WORST_ERROR and case["counted_launches"] > 20 and len(case["samples_ms"]) == 2
-    assert case["memory_bytes"] > 2 * TOY.adapted and (case["ratio"] == 1) == (row.method == "")
-    assert case["strategy"] == ("fused" if row.strategy == "auto" else row.strategy)
-
-
-def spoil_gates(monkeypatch, change):
-    """Change the gates of `lora_linear` in decoding, but not in the float64 truth."""
-    right = unmerged.lora_linear
-
-    def wrong(x, weight, a, b, ids, gates, *rest):
-        return right(x, weight, a, b, ids, gates if x.dtype == torch.float64 else change(gates), *rest)
-
-    monkeypatch.setattr(unmerged, "lora_linear", wrong)
-
-
-def test_a_wrong_logit_fails_a_row(bench, decode, monkeypatch):
-    row = row_of("decoder", "lora_switch", "fused")
-    spoil_gates(monkeypatch, lambda gates: 1.5 * gates)
-    with pytest.raises(AssertionError, match="times the backbone's"):
-        decode_suite.test_row(Benchmark(), Suite("decode"), CEILINGS, 1, bench, row, decode)
-
-
-def test_a_batch_that_mixes_its_routes_up_is_noticed(bench, decode, monkeypatch):
-    row = row_of("decoder", "lora_switch", "fused")
-    spoil_gates(monkeypatch, lambda gates: gates.roll(1, 0))
-    with pytest.raises(AssertionError, match="a batch of 3"):
-        decode_suite.check_batch(bench, row, 3)
-
-
-def test_a_wrong_prompt_is_noticed(bench, decode, monkeypatch):
-    suite = Suite("decode")
-    decode_suite.test_prefill(Benchmark(), suite, CEILINGS, 1, bench, 20)
-    assert [case["series"] for case in suite.cases] == ["fused", "unfused", "backbone"]
-    spoil_gates(monkeypatch, lambda gates: 1.5 * gates)
-    with pytest.raises(AssertionError, match="fused: .* times"):
-        decode_suite.test_prefill(Benchmark(), suite, CEILINGS, 1, bench, 20)
-
-
-def test_batches(bench, decode):
-    suite = Suite("decode")
-    decode_suite.test_batch(Benchmark(), suite, CEILINGS, 2, bench, 3)
-    assert [case["series"] for case in suite.cases] == ["fused", "backbone", "unfused"]
-
-
-def test_the_crossover_picture(bench, decode, monkeypatch):
-    monkeypatch.setattr(decode_suite, "LIFETIMES", (1, 3))
-    suite, measured = Suite("decode"), {}
-    suite.setting["text"] = "A model"
-    for life in (1, 3):
-        decode_suite.test_crossover(Benchmark(), suite, CEILINGS, 2, bench, measured, life)
-    assert {case["series"] for case in suite.cases} == {"merged", "fused", "auto"} and {case["x"] for case in suite.cases} == {1, 3}
-    assert all(case["strategy"] in ("merged", "fused") for case in suite.cases)
-    assert set(suite.setting["break_even"]) == {"measured", "modelled", "fm.crossover"} and "breaks even" in suite.setting["text"]
-    monkeypatch.setattr(decode_suite, "LIFETIMES", (2, 3))
-    measured = {("merged", 2): 7.0, ("backbone", 2): 2.0, ("fused", 3): 2.5, ("backbone", 3): 2.0}
-    assert decode_suite.break_even(bench, CEILINGS, measured)["measured"] == pytest.approx(20)
-    assert decode_suite.break_even(bench, CEILINGS, {**measured, ("fused", 3): 2.0})["measured"] is None
-
-
-def test_tables_have_a_mixture_for_each_class(bench):
-    decode_suite.table_runs(bench)
-    table = next(iter(decode_suite.fm.moe.structure(bench.adapted("lora_switch", {"router": "table"})).routers.values()))
-    for number in range(3):
-        ids, gates = table(decode_suite.block(number, 5).to(CPU))
-        assert (ids == ids[:, :1]).all() and (gates == gates[:, :1]).all()
-    assert not torch.equal(table.gates[0], table.gates[1])
-
-
-@pytest.mark.parametrize("row", ablations.ROUTING[:3], ids=lambda row: row.strategy)
-def test_layer_wise_routing(bench, decode, row):
-    run = ablations.run_of(bench, row)
-    assert len(run.model.experts.routers) == TOY.layers == len({linear.router for linear in run.model.experts.linears.values()})
-    before = {name: weight.clone() for name, weight in run.model.weights.items()}
-    tokens = bench.tokens(1, 6)
-    with run.open(8) as session:
-        first = session.prefill(tokens).clone()
-        session.step(tokens[:, 0])
-        assert torch.equal(session.prefill(tokens), first)
-    suite = Suite("ablations")
-    ablations.measured(Benchmark(), suite, CEILINGS, 2, bench, [row], 2, {})
-    assert suite.cases[0]["error"]["of_backbone"] < decoding.WORST_ERROR
-    assert all(torch.equal(weight, before[name]) for name, weight in run.model.weights.items())
-
-
-def test_lengths_of_prompts(tmp_path):
-    found = decoding.lengths(2000, 4, 1024)
-    assert found == decoding.lengths(2000, 4, 1024) and found != decoding.lengths(2000, 4, 1024, seed=1)
-    assert min(found) == 4 and max(found) == 1024 and 50 < sorted(found)[1000] < 70 and 110 < sum(found) / 2000 < 170
-    turns = [[{"from": "human", "value": "x" * 80}], [{"from": "gpt", "value": "y" * 400}], [{"from": "human", "value": "z" * 4000}]]
-    path = tmp_path / "sharegpt.json"
-    path.write_text(json.dumps([{"conversations": conversation} for conversation in turns]))
-    assert set(decoding.lengths(50, 4, 100, path)) == {20, 100}
-    path.write_text("[]")
-    with pytest.raises(ValueError, match="no conversation"):
-        decoding.lengths(1, 4, 8, path)
 
 
 # ---------------------------------------------------------------------- around them

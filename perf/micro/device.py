@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perf.micro.driver import Driver
+from perf.timing import replayed
 
 if TYPE_CHECKING:
     import torch
@@ -122,16 +123,7 @@ class Device:
 
     def graph(self, run: Callable[[], Any]) -> Callable[[], None]:
         """A replay of what `run` launches."""
-        import torch
-
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):  # warm: libraries initialise outside the capture
-            run()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
-        return graph.replay
+        return replayed(run)
 
     def samples(self, run: Callable[[], Any], count: int = 15, warmup: int = 3) -> list[float]:
         """Seconds of `count` calls, each between two events, queued while the GPU sleeps."""

@@ -174,8 +174,6 @@ struct BulkMemory {
     Bf16 x[];  // [cols]
 };
 
-__device__ __forceinline__ void consumers_barrier() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
-
 static_assert(sizeof(BulkMemory) == 192768, "m4_gemv.py states another size");
 
 // Where a walk through the block's tiles and their stages is.
@@ -212,7 +210,7 @@ __device__ __forceinline__ void consume(BulkMemory& memory, const Gemv& p, int n
     if (blockIdx.x < num_tiles) expand.fetch(p, blockIdx.x * kTileRows);
     wait_previous_launch();
     stage_x(memory.x, p);
-    consumers_barrier();
+    named_barrier_256();
     int which = 0;
     float acc[4] = {};
     for (Place at{static_cast<int>(blockIdx.x), 0, 0, 0}; at.tile < num_tiles; at.next(p.cols)) {
@@ -230,7 +228,7 @@ __device__ __forceinline__ void consume(BulkMemory& memory, const Gemv& p, int n
         if (lane == 0) barrier_arrive(&memory.empty[at.stage]);
         if (at.col + kStageCols < p.cols) continue;
         keep_partial(memory.sums, which, acc, warp, lane);
-        consumers_barrier();  // the other copy of the sums has been read by now: its readers came here too
+        named_barrier_256();  // the other copy of the sums has been read by now: its readers came here too
         finish_rows(p, memory.sums, which, at.tile * kTileRows, expand);
         if (at.tile + gridDim.x < num_tiles) expand.fetch(p, (at.tile + gridDim.x) * kTileRows);
         which ^= 1;

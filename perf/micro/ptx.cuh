@@ -158,6 +158,9 @@ __device__ __forceinline__ void wgmma_n256(float (&c)[128], unsigned long long a
 }
 #endif
 
+// A barrier of 256 threads of a larger block: the consumer warps, without the producer.
+__device__ __forceinline__ void named_barrier_256() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
+
 // clang-format on
 
 }  // namespace micro
