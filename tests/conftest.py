@@ -1,6 +1,8 @@
 """Fixtures that several test files use."""
 
+import ctypes
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,10 @@ import torch
 from fusedmerge import backend
 
 BUILD = Path(__file__).parent / "sim/build.py"
+sys.path.insert(0, str(BUILD.parent))  # the simulator's own modules
+
+# What runs kernels without a GPU, as backend "sim": the simulator their C++, its machine for PTX what nvcc makes of that.
+ON_HOST = ["sim", pytest.param("ptx", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="session")
@@ -24,10 +30,27 @@ def sim_library():
 @pytest.fixture(scope="session")
 def lib(sim_library):
     """The simulator, as tests/sim/harness.py drives it."""
-    sys.path.insert(0, str(BUILD.parent))
     import harness
 
     return harness.load(Path(sim_library))
+
+
+def use_host(name, request, monkeypatch):
+    """`name` of ON_HOST. FUSEDMERGE_PTX_ARCH names another architecture than compute_90 for the PTX."""
+    path = request.getfixturevalue("sim_library")
+    monkeypatch.setenv("FUSEDMERGE_SIM_LIB", path)
+    if name == "ptx":
+        library = ctypes.CDLL(path)
+        library.fm_sim_use_ptx(request.getfixturevalue("kernels_ptx"), 0)
+        request.addfinalizer(lambda: library.fm_sim_use_ptx(None, 0))
+
+
+@pytest.fixture(scope="session")
+def kernels_ptx():
+    import build
+
+    nvcc = shutil.which("nvcc") or pytest.skip("nvcc is not installed")
+    return build.ptx(nvcc, os.environ.get("FUSEDMERGE_PTX_ARCH", "compute_90")).read_bytes()
 
 
 @pytest.fixture

@@ -8,25 +8,23 @@ import numpy as np
 import pytest
 import torch
 
-from fusedmerge import backend
 from fusedmerge.backend import linear
 from fusedmerge.backend.linear import Known, Norm, Router, Silu
 from fusedmerge.errors import InvalidValueError
 from tests import linear_kit as kit
+from tests.conftest import ON_GPU, ON_HOST, use_gpu, use_host
 
 DTYPES = [torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(params=["sim", pytest.param("jit", marks=pytest.mark.gpu), pytest.param("aot", marks=pytest.mark.gpu)])
+@pytest.fixture(params=[*ON_HOST, *ON_GPU])
 def where(request, monkeypatch):
     """A backend's name; results and workspace are poisoned."""
     kit.poison(monkeypatch)
-    if request.param == "sim":
-        monkeypatch.setenv("FUSEDMERGE_SIM_LIB", request.getfixturevalue("sim_library"))
-    else:
-        assert backend.backends()[request.param], backend.backends()[request.param].reason
-        torch.set_default_device("cuda")
-        request.addfinalizer(lambda: torch.set_default_device(None))
+    if request.param in ("sim", "ptx"):
+        use_host(request.param, request, monkeypatch)
+        return "sim"
+    use_gpu(request.param, request, monkeypatch)
     return request.param
 
 

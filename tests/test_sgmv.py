@@ -1,30 +1,25 @@
 """SGMV through the backends, as ops calls it: sim here, jit and aot on a GPU; graphs and sizes that only a GPU can show."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
+import mixtures
 import numpy as np
 import pytest
 import torch
 
 from fusedmerge.backend import compiler, params, sgmv, sgmv_params
-from tests.conftest import ON_GPU, use_gpu
-
-sys.path.insert(0, str(Path(__file__).parent / "sim"))
-
-import mixtures
+from tests.conftest import ON_GPU, ON_HOST, use_gpu, use_host
 
 DTYPES = (torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(params=["sim", *ON_GPU])
+@pytest.fixture(params=[*ON_HOST, *ON_GPU])
 def name(request, monkeypatch):
     """Every backend that runs the kernels."""
-    if request.param == "sim":
-        monkeypatch.setenv("FUSEDMERGE_SIM_LIB", request.getfixturevalue("sim_library"))
-    else:
-        use_gpu(request.param, request, monkeypatch)
+    if request.param in ("sim", "ptx"):
+        use_host(request.param, request, monkeypatch)
+        return "sim"
+    use_gpu(request.param, request, monkeypatch)
     return request.param
 
 

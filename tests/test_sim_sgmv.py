@@ -19,15 +19,16 @@ from fusedmerge.backend import sgmv
 from fusedmerge.backend.kernels import SimLauncher
 from fusedmerge.backend.params import SimOptions
 from tests import kit
+from tests.conftest import ON_HOST, use_host
 
 DTYPES = (torch.bfloat16, torch.float16)
 RANKS = (1, 4, 7, 16, 33, 64, 128)
 
 
-@pytest.fixture(autouse=True)
-def simulator(sim_library, monkeypatch):
-    """Every kernel runs on the simulator, and torch.empty gives NaN and the largest ints."""
-    monkeypatch.setenv("FUSEDMERGE_SIM_LIB", sim_library)
+@pytest.fixture(autouse=True, params=ON_HOST)
+def on_host(request, monkeypatch):
+    """torch.empty gives NaN and the largest ints."""
+    use_host(request.param, request, monkeypatch)
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

@@ -14,9 +14,16 @@ import harness
 from harness import BAD_GATE, BAD_ID, BF16, FLOAT32, FP8, FP16, NON_FINITE, Launch, check, decode, make_target, options
 
 from tests import kit
+from tests.conftest import ON_HOST, use_host
 
 CORRECT_SHARE = {BF16: 0.999, FP16: 0.995}
 NAMES = {BF16: "bf16", FP16: "fp16", FLOAT32: "float32", FP8: "fp8"}
+
+
+@pytest.fixture(params=ON_HOST)
+def lib(request, monkeypatch, lib):
+    use_host(request.param, request, monkeypatch)
+    return lib
 
 
 def bits(targets) -> list[bytes]:

@@ -1,7 +1,8 @@
 """Builds the host simulator from the kernel sources: `python tests/sim/build.py [--sanitize]`, a plain g++ (or $CXX) and nothing else.
 
 The library is `build/sim/libfusedmerge_sim.so`, or `libfusedmerge_sim_asan.so` with --sanitize: `make sim-sanitize` runs it.
-A build is skipped while no source is newer than it, and replaces the library by rename, so that two builds at once do no harm.
+`ptx` makes build/sim/kernels_compute_90.ptx, what nvcc makes of the same kernels, for the machine in the library that executes it.
+A build is skipped while no source is newer than it, and replaces its file by rename, so that two builds at once do no harm.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,7 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SIM = Path(__file__).resolve().parent
 HOST = [ROOT / f"cuda/src/{name}.cpp" for name in ("plan", "describe", "kernels")]
 KERNELS = [SIM / "interface.cpp", *(ROOT / f"cuda/src/kernels_{name}.cu" for name in ("linear", "sgmv"))]  # what contains kernels
-UNITS = [*KERNELS, *(SIM / f"{name}.cpp" for name in ("simulator", "warp", "numbers", "faults")), *HOST]
+MACHINES = ("simulator", "warp", "numbers", "faults", "ptx_parse", "ptx_machine", "ptx_decode", "ptx_memory")
+UNITS = [*KERNELS, *(SIM / f"{name}.cpp" for name in MACHINES), *HOST]
 PACKAGE = ROOT / "fusedmerge/__init__.py"
 FLAGS = ["-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-Wall", "-Wextra", "-U_FORTIFY_SOURCE", "-fvisibility=default"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1", "-O1"]
@@ -75,12 +77,33 @@ def compile_library(target: Path, root: Path = ROOT, extra: list[str] | None = N
 
 def build(sanitize: bool = False) -> Path:
     """The library, compiled only if a source is newer."""
-    target = library(sanitize)
+    return _once(library(sanitize), lambda target: compile_library(target, extra=SANITIZE if sanitize else None))
+
+
+def ptx(nvcc: str, architecture: str) -> Path:
+    """The PTX of every kernel in the ahead-of-time library, for "compute_90" and the like."""
+
+    def compile_ptx(target: Path) -> None:
+        command = [nvcc, "-std=c++17", "-ptx", f"-arch={architecture}", f"-I{ROOT / 'cuda/include'}", f"-I{ROOT / 'cuda/src'}"]
+        sources = [ROOT / f"cuda/src/{name}.cu" for name in ("instances", "kernels_linear", "kernels_sgmv")]
+        parts = [target.with_suffix(f".{os.getpid()}.{source.stem}") for source in sources]
+        for source, part in zip(sources, parts, strict=True):
+            subprocess.run([*command, "-o", str(part), str(source)], check=True)
+        parts[0].write_text("".join(part.read_text() for part in parts))
+        parts[0].replace(target)
+        for part in parts[1:]:
+            part.unlink()
+
+    return _once(ROOT / f"build/sim/kernels_{architecture}.ptx", compile_ptx)
+
+
+def _once(target: Path, make: Callable[[Path], object]) -> Path:
+    """The target, made only if a source is newer; parallel test processes make it once."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with target.with_suffix(".lock").open("w") as lock:  # parallel test processes build it once
+    with target.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if is_stale(target):
-            compile_library(target, extra=SANITIZE if sanitize else None)
+            make(target)
     return target
 
 

@@ -6,6 +6,7 @@
 #include "fusedmerge/kernel/switch.cuh"
 #include "kernels.h"
 #include "plan.h"
+#include "ptx.h"
 
 namespace {
 
@@ -63,6 +64,22 @@ Kernel pick(Number live, Number source, Number factor) {
     }
 }
 
+std::string type_name(int number) {
+    constexpr const char* kNames[] = {"fusedmerge::Bf16", "fusedmerge::Fp16", "float", "fusedmerge::Fp8E4M3"};
+    return kNames[number];
+}
+
+// What the compiler calls a kernel of kernels.h: "gemv_bf16_16" is gemv_kernel<fusedmerge::Bf16, 2>, its tiles being 8 tokens wide.
+std::string ptx_name(const std::string& name) {
+    for (int number : {0, 1}) {
+        size_t at = name.find(number == 0 ? "_bf16" : "_fp16");
+        if (at == std::string::npos) continue;
+        std::string tiles = at + 5 < name.size() ? ", " + std::to_string(std::stoi(name.substr(at + 6)) / 8) : "";
+        return name.substr(0, at) + "_kernel<" + type_name(number) + tiles + ">";
+    }
+    return name + "_kernel";
+}
+
 }  // namespace
 
 extern "C" {
@@ -83,7 +100,12 @@ int fm_sim_switch(int live, int source, int factor, const SwitchParams* params, 
         last_error = "the kernel needs more shared memory";
         return 1;
     }
-    last_error = sim::launch(kernel.entry, params, grid, kThreads, shared_bytes, *options);
+    if (ptx::in_use()) {
+        std::string name = "switch_kernel<" + type_name(live) + ", " + type_name(source) + ", " + type_name(factor) + ">";
+        last_error = ptx::run(name, params, sizeof(SwitchParams), grid, kThreads, shared_bytes, *options);
+    } else {
+        last_error = sim::launch(kernel.entry, params, grid, kThreads, shared_bytes, *options);
+    }
     return last_error.empty() ? 0 : 1;
 }
 
@@ -94,10 +116,18 @@ int fm_sim_kernel(const char* name, const void* params, int params_bytes, int gr
         last_error = std::string(kernel == nullptr ? "no such kernel: " : "params of another size: ") + name;
         return 1;
     }
-    auto entry = reinterpret_cast<sim::Entry>(const_cast<void*>(kernel->kernel));
-    last_error = sim::launch(entry, params, grid, kernel->threads, shared_bytes, *options);
+    if (ptx::in_use()) {
+        last_error = ptx::run(ptx_name(name), params, params_bytes, grid, kernel->threads, shared_bytes, *options);
+    } else {
+        auto entry = reinterpret_cast<sim::Entry>(const_cast<void*>(kernel->kernel));
+        last_error = sim::launch(entry, params, grid, kernel->threads, shared_bytes, *options);
+    }
     return last_error.empty() ? 0 : 1;
 }
+
+// From now on launches execute this PTX (null: the kernels' C++ again), and count their traffic, if that is wanted.
+void fm_sim_use_ptx(const char* text, int counts) { ptx::use(text, counts != 0); }
+void fm_sim_traffic(ptx::Traffic* since_last) { *since_last = ptx::take_traffic(); }
 
 void fm_sim_hide(void* from, long long num_bytes) { sim::hide(from, num_bytes); }
 

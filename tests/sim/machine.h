@@ -94,7 +94,6 @@ struct Machine {
     jmp_buf home_point;
     const void* home_stack = nullptr;
     size_t home_stack_bytes = 0;
-    bool waited = false;
 };
 
 extern thread_local Machine* machine;
@@ -106,5 +105,14 @@ void fail(const std::string& message);
 
 // Lets others run until the thread is ready again.
 void suspend();
+
+void perform(const Copy& copy);
+
+// Every lane's c += a b of a warp.
+void multiply_warp(Warp& warp, bool bf16, int tensor_core);
+
+// What `hide` named becomes NaN; and comes back, once.
+void conceal();
+void reveal();
 
 }  // namespace fusedmerge::sim

@@ -168,12 +168,12 @@ std::string describe_deadlock(const Block& block) {
            std::to_string(in_warp) + " in a warp-wide instruction (" + instruction + "), " + std::to_string(done) + " have ended";
 }
 
+}  // namespace
+
 void perform(const Copy& copy) {
     std::memcpy(copy.to, copy.from, copy.num_bytes);
     std::memset(static_cast<char*>(copy.to) + copy.num_bytes, 0, copy.size - copy.num_bytes);
 }
-
-}  // namespace
 
 std::string launch(Entry entry, const void* argument, int num_blocks, int num_threads, int shared_bytes, const Options& options) {
     Machine state;
@@ -184,7 +184,7 @@ std::string launch(Entry entry, const void* argument, int num_blocks, int num_th
     state.num_threads = num_threads;
     state.options = options;
     state.random.seed(options.seed);
-    for (Hidden& region : hidden) std::memset(region.at, 0xff, region.bytes.size());
+    conceal();
     std::vector<std::unique_ptr<Block>> resident;
     int next_block = 0;
     while (state.error.empty()) {
@@ -200,8 +200,7 @@ std::string launch(Entry entry, const void* argument, int num_blocks, int num_th
             resident.erase(resident.begin() + static_cast<long>(pick));
         }
     }
-    grid_wait();  // for a kernel that never did
-    hidden.clear();
+    reveal();  // for a kernel that never waited
     machine = nullptr;
     return state.error;
 }
@@ -211,11 +210,16 @@ void hide(void* from, long long num_bytes) {
     hidden.push_back({at, std::vector<unsigned char>(at, at + num_bytes)});
 }
 
-void grid_wait() {
-    if (machine->waited) return;
-    machine->waited = true;
-    for (const Hidden& region : hidden) std::memcpy(region.at, region.bytes.data(), region.bytes.size());
+void conceal() {
+    for (Hidden& region : hidden) std::memset(region.at, 0xff, region.bytes.size());
 }
+
+void reveal() {
+    for (const Hidden& region : hidden) std::memcpy(region.at, region.bytes.data(), region.bytes.size());
+    hidden.clear();
+}
+
+void grid_wait() { reveal(); }
 
 int thread_index() { return self().thread; }
 int block_index() { return self().block->index; }

@@ -49,7 +49,9 @@ void survey(const float* values, bool& zero, bool& finite) {
     }
 }
 
-void multiply_warp(Warp& w, bool bf16) {
+}  // namespace
+
+void multiply_warp(Warp& w, bool bf16, int tensor_core) {
     float a[16][16];  // [row, k]
     float b[8][16];   // [column, k]
     for (int l = 0; l < kWarp; ++l) {
@@ -67,7 +69,7 @@ void multiply_warp(Warp& w, bool bf16) {
             const float* row = a[m];
             const float* column = b[n];
             float& c = w.c[l][i];
-            if (machine->options.tensor_core == static_cast<int>(TensorCore::kA100)) {
+            if (tensor_core == static_cast<int>(TensorCore::kA100)) {
                 c = dot_truncated(dot_truncated(c, row, column, 8, 1), row + 8, column + 8, 8, 1);
             } else {
                 c = dot_truncated(c, row, column, 16, 2);
@@ -76,15 +78,13 @@ void multiply_warp(Warp& w, bool bf16) {
     }
 }
 
-}  // namespace
-
 void multiply_accumulate(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2], bool bf16) {
     int lane = self().thread % kWarp;
     Warp& warp = self().block->warps[self().thread / kWarp];
     std::memcpy(warp.c[lane], c, sizeof(c));
     std::memcpy(warp.a[lane], a, sizeof(a));
     std::memcpy(warp.b[lane], b, sizeof(b));
-    meet_warp("mma", [bf16](Warp& w) { multiply_warp(w, bf16); });
+    meet_warp("mma", [bf16](Warp& w) { multiply_warp(w, bf16, machine->options.tensor_core); });
     std::memcpy(c, warp.c[lane], sizeof(c));
 }
 
