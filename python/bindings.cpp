@@ -125,7 +125,11 @@ void launch(const std::tuple<int, int, int>& numbers, int grid, int shared_bytes
     check(launch_switch(kOperation, launch, *pointer<const SwitchParams>(params), pointer<CUstream_st>(stream)));
 }
 
-void prepare_named(const std::string& name) { check(prepare_kernel(name.c_str(), name.c_str())); }
+bool prepare_named(const std::string& name) {
+    bool takes_edge = false;
+    check(prepare_kernel(name.c_str(), name.c_str(), takes_edge));
+    return takes_edge;
+}
 
 void launch_named(const std::string& name, int grid, int shared_bytes, bool programmatic, int64_t params, int params_bytes,
                   int64_t stream) {
@@ -173,7 +177,8 @@ Raises ValueError for a table that cannot be right, MemoryError if a workspace d
           "Make the current device's kernel for (live, source, factor) dtypes ready for launches of that size.");
     m.def("launch_switch", &fusedmerge::launch, "numbers"_a, "grid"_a, "shared_bytes"_a, "params"_a, "stream"_a,
           "Launch that kernel on a stream of the current device, with the SwitchParams at an address.");
-    m.def("prepare_kernel", &fusedmerge::prepare_named, "name"_a, "Let the current device's kernel of this name use all shared memory.");
+    m.def("prepare_kernel", &fusedmerge::prepare_named, "name"_a,
+          "Let the current device's kernel of this name use all shared memory. True: launches of it may be programmatic.");
     m.def("launch_kernel", &fusedmerge::launch_named, "name"_a, "grid"_a, "shared_bytes"_a, "programmatic"_a, "params"_a, "params_bytes"_a,
           "stream"_a, "Launch the kernel of this name (cuda/src/kernels.h) on a stream of the current device, with params at an address.");
     m.def("launch_function", &fusedmerge::launch_loaded, "name"_a, "function"_a, "grid"_a, "threads"_a, "shared_bytes"_a, "programmatic"_a,
