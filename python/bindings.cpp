@@ -15,6 +15,7 @@
 #include "describe.h"
 #include "launch.h"
 #include "merge_cpu.h"
+#include "places.h"
 #include "plan.h"
 
 namespace nb = nanobind;
@@ -168,6 +169,14 @@ skipped, and a segment without any copies the source's bits. The bits depend on 
 
 Raises ValueError for a table that cannot be right, MemoryError if a workspace does not fit; nothing is written then.)");
     m.def("describe_structs", &fusedmerge::describe_structs, R"("Struct.field offset size" lines for what the functions below read.)");
+    m.def("describe_places", &fusedmerge::describe_places, "exchange"_a, "holders"_a, "names"_a, "num_modules"_a,
+          R"(What is at holders[i][names[i]] now, as bytes that are equal while nothing has moved; None where a tensor is missing.
+
+exchange  torch.Tensor.__dlpack_c_exchange_api__
+holders   dicts; the first num_modules hold modules, told by their identity, the rest hold tensors
+names     a key for each
+
+A tensor's address, dtype, device, shape and strides are told. None too where the exchange is not of DLPack 1.x.)");
     m.def("plan_switch", &fusedmerge::plan, "request"_a, "segments"_a, "result"_a,
           "Plan a launch (cuda/src/plan.h) on structs at these addresses. False, with result.error, for what is refused.");
     m.def("has_cuda", &fusedmerge::launch_available,
