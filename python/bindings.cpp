@@ -176,7 +176,7 @@ exchange  torch.Tensor.__dlpack_c_exchange_api__
 holders   dicts; the first num_modules hold modules, told by their identity, the rest hold tensors
 names     a key for each
 
-A tensor's address, dtype, device, shape and strides are told. None too where the exchange is not of DLPack 1.x.)");
+A tensor's address, dtype, device, shape and strides are told. None too where `exchange` is no such thing of DLPack 1.x.)");
     m.def("plan_switch", &fusedmerge::plan, "request"_a, "segments"_a, "result"_a,
           "Plan a launch (cuda/src/plan.h) on structs at these addresses. False, with result.error, for what is refused.");
     m.def("has_cuda", &fusedmerge::launch_available,

@@ -36,8 +36,10 @@ inline bool append_place(const TensorExchange& exchange, PyObject* tensor, std::
 inline nanobind::object describe_places(nanobind::handle exchange, const nanobind::list& holders, const nanobind::list& names,
                                         size_t num_modules) {
     const auto* api = static_cast<const TensorExchange*>(PyCapsule_GetPointer(exchange.ptr(), TensorExchange::kName));
-    if (api == nullptr) throw nanobind::python_error();
-    if (api->major != 1 || api->describe == nullptr) return nanobind::none();
+    if (api == nullptr || api->major != 1 || api->describe == nullptr) {
+        PyErr_Clear();
+        return nanobind::none();
+    }
     std::vector<int64_t> words;
     words.reserve(9 * holders.size());
     for (size_t i = 0; i < holders.size(); ++i) {
