@@ -103,7 +103,8 @@ def crossover(
 
     weights: the model (or its tensors by name) that `bank` adapts; k: experts in a mixture; mode: the Switcher's. rates: what the device
     does; by default measured, once in a process, in about a second. launches: how many more a fused step has than the backbone's; by
-    default one for each target, as `lora_linear` has. A batch whose tokens share one mixture counts as one token a step.
+    default one for each target, as `lora_linear` has (a decoder's groups add fewer: docs/fused.md). A batch whose tokens share one mixture
+    counts as one token a step.
 
     Raises UnknownNameError for targets that the model lacks; InvalidValueError for k outside [1, N] or another mode.
     """

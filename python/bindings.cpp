@@ -15,6 +15,7 @@
 #include "describe.h"
 #include "launch.h"
 #include "merge_cpu.h"
+#include "places.h"
 #include "plan.h"
 
 namespace nb = nanobind;
@@ -125,7 +126,11 @@ void launch(const std::tuple<int, int, int>& numbers, int grid, int shared_bytes
     check(launch_switch(kOperation, launch, *pointer<const SwitchParams>(params), pointer<CUstream_st>(stream)));
 }
 
-void prepare_named(const std::string& name) { check(prepare_kernel(name.c_str(), name.c_str())); }
+bool prepare_named(const std::string& name) {
+    bool takes_edge = false;
+    check(prepare_kernel(name.c_str(), name.c_str(), takes_edge));
+    return takes_edge;
+}
 
 void launch_named(const std::string& name, int grid, int shared_bytes, bool programmatic, int64_t params, int params_bytes,
                   int64_t stream) {
@@ -164,6 +169,14 @@ skipped, and a segment without any copies the source's bits. The bits depend on 
 
 Raises ValueError for a table that cannot be right, MemoryError if a workspace does not fit; nothing is written then.)");
     m.def("describe_structs", &fusedmerge::describe_structs, R"("Struct.field offset size" lines for what the functions below read.)");
+    m.def("describe_places", &fusedmerge::describe_places, "exchange"_a, "holders"_a, "names"_a, "num_modules"_a,
+          R"(What is at holders[i][names[i]] now, as bytes that are equal while nothing has moved; None where a tensor is missing.
+
+exchange  torch.Tensor.__dlpack_c_exchange_api__
+holders   dicts; the first num_modules hold modules, told by their identity, the rest hold tensors
+names     a key for each
+
+A tensor's address, dtype, device, shape and strides are told. None too where `exchange` is no such thing of DLPack 1.x.)");
     m.def("plan_switch", &fusedmerge::plan, "request"_a, "segments"_a, "result"_a,
           "Plan a launch (cuda/src/plan.h) on structs at these addresses. False, with result.error, for what is refused.");
     m.def("has_cuda", &fusedmerge::launch_available,
@@ -173,7 +186,8 @@ Raises ValueError for a table that cannot be right, MemoryError if a workspace d
           "Make the current device's kernel for (live, source, factor) dtypes ready for launches of that size.");
     m.def("launch_switch", &fusedmerge::launch, "numbers"_a, "grid"_a, "shared_bytes"_a, "params"_a, "stream"_a,
           "Launch that kernel on a stream of the current device, with the SwitchParams at an address.");
-    m.def("prepare_kernel", &fusedmerge::prepare_named, "name"_a, "Let the current device's kernel of this name use all shared memory.");
+    m.def("prepare_kernel", &fusedmerge::prepare_named, "name"_a,
+          "Let the current device's kernel of this name use all shared memory. True: launches of it may be programmatic.");
     m.def("launch_kernel", &fusedmerge::launch_named, "name"_a, "grid"_a, "shared_bytes"_a, "programmatic"_a, "params"_a, "params_bytes"_a,
           "stream"_a, "Launch the kernel of this name (cuda/src/kernels.h) on a stream of the current device, with params at an address.");
     m.def("launch_function", &fusedmerge::launch_loaded, "name"_a, "function"_a, "grid"_a, "threads"_a, "shared_bytes"_a, "programmatic"_a,

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fusedmerge as fm
-from fusedmerge import errors
+from fusedmerge import errors, placement
 from tests import kit
 
 pytestmark = pytest.mark.usefixtures("engine")
@@ -68,6 +68,19 @@ def _transpose(model):
     model[0].weight.data = model[0].weight.data.t()
 
 
+def _cut_rows(model):
+    model[0].weight.data = model[0].weight.data[:3]
+
+
+def _reinterpret(model):
+    weight = model[0].weight.requires_grad_(False)
+    weight.data = weight.data.view(torch.int32)
+
+
+def _new_storage(model):
+    model[0].weight.data = model[0].weight.data.clone()
+
+
 MOVES = {
     "half": lambda model: model.half(),
     "new parameter": lambda model: setattr(model[0], "weight", nn.Parameter(torch.zeros(5, 5))),
@@ -75,9 +88,25 @@ MOVES = {
     "shared memory": lambda model: model.share_memory(),
     "storage freed": _shrink_storage,
     "transposed": _transpose,
+    "fewer rows": _cut_rows,
+    "another dtype over the same bytes": _reinterpret,
+    "new storage": _new_storage,
+    "no parameter": lambda model: setattr(model[0], "weight", None),
+    "parameter removed": lambda model: delattr(model[0], "weight"),
+    "module removed": lambda model: model._modules.pop("0"),
 }
 
 
+@pytest.fixture(params=["extension", "python"])
+def look(request, monkeypatch):
+    """Both ways to look at the weights: without torch's exchange API or the extension, Python's."""
+    if request.param == "python":
+        monkeypatch.setattr(placement, "_fast_look", lambda: None)
+    elif placement._fast_look() is None:
+        pytest.skip("torch before 2.10, or no extension")
+
+
+@pytest.mark.usefixtures("look")
 @pytest.mark.parametrize("move", MOVES)
 def test_weights_that_moved_are_refused(move, engine):
     if move == "shared memory" and engine in ("jit", "aot"):
@@ -88,7 +117,7 @@ def test_weights_that_moved_are_refused(move, engine):
     switcher.switch("random_0")
     switcher.check()
     MOVES[move](model)
-    for call in (lambda: switcher.switch({}), switcher.check, switcher.restore):
+    for call in (lambda: switcher.switch({}), lambda: switcher.switch("random_0"), switcher.check, switcher.restore):
         with pytest.raises(errors.StateError, match="build a new Switcher"):
             call()
     with pytest.raises(errors.StateError, match="build a new Switcher"):
@@ -98,6 +127,28 @@ def test_weights_that_moved_are_refused(move, engine):
     bank.remove("random_0")
 
 
+def test_an_exchange_that_is_none_of_dlpack_s_leaves_the_look_to_python(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "__dlpack_c_exchange_api__", 1, raising=False)
+    weights = kit.make_weights([(5, 6)])
+    switcher = fm.Switcher(weights, kit.make_bank(weights))
+    switcher.switch("a0")
+    weights["w0"].data = weights["w0"].data.clone()
+    with pytest.raises(errors.StateError, match="w0: expected the storage"):
+        switcher.switch("a0")
+
+
+@pytest.mark.usefixtures("look")
+def test_bare_tensors_that_moved_are_refused():
+    weights = kit.make_weights([(9, 31), (5, 6)])
+    switcher = fm.Switcher(weights, kit.make_bank(weights))
+    switcher.switch("a0")
+    switcher.switch("a0")
+    weights["w1"].data = weights["w1"].data.clone()
+    with pytest.raises(errors.StateError, match="switch: w1: expected the storage"):
+        switcher.switch("a0")
+
+
+@pytest.mark.usefixtures("look")
 def test_a_new_parameter_over_the_old_storage_is_the_same_weight():
     model = nn.Sequential(nn.Linear(5, 6))
     before = model[0].weight.detach().clone()

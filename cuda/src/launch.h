@@ -19,7 +19,7 @@ struct SwitchLaunch {
 };
 
 // A launch of a kernel of kernels.h. Programmatic: it may start before the stream's last kernel has ended, and waits for it inside
-// (grid_wait); this takes code for compute capability 9.0 or later, and is a plain launch below.
+// (grid_wait); only for code that takes such an edge, which is code for compute capability 9.0 or later.
 struct KernelLaunch {
     const char* name;
     int grid;
@@ -37,8 +37,9 @@ fusedmerge_result prepare_switch(const char* operation, const SwitchLaunch& laun
 fusedmerge_result launch_switch(const char* operation, const SwitchLaunch& launch, const SwitchParams& params,
                                 fusedmerge_stream stream) noexcept;
 
-// The same for a kernel that has a name. `params` is copied before launch_kernel returns.
-fusedmerge_result prepare_kernel(const char* operation, const char* name) noexcept;
+// The same for a kernel that has a name. takes_edge: whether launches of it may be programmatic. `params` is copied before launch_kernel
+// returns.
+fusedmerge_result prepare_kernel(const char* operation, const char* name, bool& takes_edge) noexcept;
 fusedmerge_result launch_kernel(const char* operation, const KernelLaunch& launch, const void* params, int params_bytes,
                                 fusedmerge_stream stream) noexcept;
 

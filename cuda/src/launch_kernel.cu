@@ -2,6 +2,8 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
+#include <atomic>
+
 #include "kernels.h"
 #include "launch.h"
 #include "launch_check.h"
@@ -17,22 +19,11 @@ fusedmerge_result find(const char* operation, const char* name, const NamedKerne
     return fail(FUSEDMERGE_INTERNAL_ERROR, "%s: kernel: expected one of the library's, got \"%s\"", operation, name);
 }
 
-// Which code the device runs is the driver's choice: it is asked, not the device.
-cudaError_t has_edge(const void* kernel, bool& programmatic) noexcept {
-    cudaFuncAttributes attributes{};
-    cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
-    programmatic = error == cudaSuccess && attributes.ptxVersion >= kProgrammaticVersion;
-    return error;
-}
-
-struct Driver {
-    CUresult (*launch)(const CUlaunchConfig*, CUfunction, void**, void**) = nullptr;
-    CUresult (*attribute)(int*, CUfunction_attribute, CUfunction) = nullptr;
-    CUresult (*error_name)(CUresult, const char**) = nullptr;
-};
-
+// An entry point of the driver, looked up until it is found: it stays where it is as long as the process lives, so that threads which look
+// at the same time find the same.
 template <class Function>
-cudaError_t load(const char* name, Function& function) noexcept {
+cudaError_t load(const char* name, std::atomic<Function>& function) noexcept {
+    if (function.load(std::memory_order_relaxed) != nullptr) return cudaSuccess;
     void* found = nullptr;
     cudaDriverEntryPointQueryResult status{};
 #if CUDART_VERSION >= 12050
@@ -41,26 +32,36 @@ cudaError_t load(const char* name, Function& function) noexcept {
     cudaError_t error = cudaGetDriverEntryPoint(name, &found, cudaEnableDefault, &status);
 #endif
     if (error == cudaSuccess && status != cudaDriverEntryPointSuccess) error = cudaErrorSymbolNotFound;
-    function = reinterpret_cast<Function>(found);
+    if (error == cudaSuccess) function.store(reinterpret_cast<Function>(found), std::memory_order_relaxed);
     return error;
 }
 
-fusedmerge_result load_driver(const char* operation, Driver& driver) noexcept {
+struct Driver {
+    std::atomic<CUresult (*)(const CUlaunchConfig*, CUfunction, void**, void**)> launch{nullptr};
+    std::atomic<CUresult (*)(CUresult, const char**)> error_name{nullptr};
+};
+
+Driver driver;
+
+fusedmerge_result load_driver(const char* operation) noexcept {
     cudaError_t error = load("cuLaunchKernelEx", driver.launch);
-    if (error == cudaSuccess) error = load("cuFuncGetAttribute", driver.attribute);
     if (error == cudaSuccess) error = load("cuGetErrorName", driver.error_name);
     return check(error, operation);
 }
 
 }  // namespace
 
-fusedmerge_result prepare_kernel(const char* operation, const char* name) noexcept {
+fusedmerge_result prepare_kernel(const char* operation, const char* name, bool& takes_edge) noexcept {
     const NamedKernel* kernel = nullptr;
     if (fusedmerge_result result = find(operation, name, kernel)) return result;
     int ordinal = 0;
     fusedmerge_device device{};
     if (fusedmerge_result result = check(cudaGetDevice(&ordinal), operation)) return result;
     if (fusedmerge_result result = query_device(operation, ordinal, device)) return result;
+    // Which code the device runs is the driver's choice: it is asked, not the device.
+    cudaFuncAttributes attributes{};
+    if (fusedmerge_result result = check(cudaFuncGetAttributes(&attributes, kernel->kernel), operation)) return result;
+    takes_edge = attributes.ptxVersion >= kProgrammaticVersion;
     return check(cudaFuncSetAttribute(kernel->kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_bytes_per_block),
                  operation);
 }
@@ -73,10 +74,6 @@ fusedmerge_result launch_kernel(const char* operation, const KernelLaunch& launc
         return fail(FUSEDMERGE_INTERNAL_ERROR, "%s: params of %s: expected %d bytes, got %d", operation, launch.name, kernel->params_bytes,
                     params_bytes);
     }
-    bool programmatic = false;
-    if (launch.programmatic) {
-        if (fusedmerge_result result = check(has_edge(kernel->kernel, programmatic), operation)) return result;
-    }
     cudaLaunchAttribute edge{};
     edge.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     edge.val.programmaticStreamSerializationAllowed = 1;
@@ -86,7 +83,7 @@ fusedmerge_result launch_kernel(const char* operation, const KernelLaunch& launc
     config.dynamicSmemBytes = static_cast<size_t>(launch.shared_bytes);
     config.stream = stream;
     config.attrs = &edge;
-    config.numAttrs = programmatic ? 1 : 0;
+    config.numAttrs = launch.programmatic ? 1 : 0;
     void* arguments[] = {const_cast<void*>(params)};
     return check(cudaLaunchKernelExC(&config, kernel->kernel, arguments), operation);
 }
@@ -97,12 +94,7 @@ fusedmerge_result launch_function(const char* operation, const FunctionLaunch& l
     int ordinal = 0;
     if (fusedmerge_result result = check(cudaGetDevice(&ordinal), operation)) return result;
     if (fusedmerge_result result = check(cudaSetDevice(ordinal), operation)) return result;
-    Driver driver;
-    if (fusedmerge_result result = load_driver(operation, driver)) return result;
-    auto function = static_cast<CUfunction>(launch.function);
-    int ptx_version = 0;
-    CUresult error = CUDA_SUCCESS;
-    if (launch.programmatic) error = driver.attribute(&ptx_version, CU_FUNC_ATTRIBUTE_PTX_VERSION, function);
+    if (fusedmerge_result result = load_driver(operation)) return result;
     CUlaunchAttribute edge{};
     edge.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
     edge.value.programmaticStreamSerializationAllowed = 1;
@@ -113,12 +105,12 @@ fusedmerge_result launch_function(const char* operation, const FunctionLaunch& l
     config.sharedMemBytes = static_cast<unsigned>(launch.shared_bytes);
     config.hStream = stream;
     config.attrs = &edge;
-    config.numAttrs = ptx_version >= kProgrammaticVersion ? 1 : 0;
+    config.numAttrs = launch.programmatic ? 1 : 0;
     void* arguments[] = {const_cast<void*>(params)};
-    if (error == CUDA_SUCCESS) error = driver.launch(&config, function, arguments, nullptr);
+    CUresult error = driver.launch.load()(&config, static_cast<CUfunction>(launch.function), arguments, nullptr);
     if (error == CUDA_SUCCESS) return FUSEDMERGE_OK;
     const char* name = nullptr;
-    driver.error_name(error, &name);
+    driver.error_name.load()(error, &name);
     return fail(FUSEDMERGE_CUDA_ERROR, "%s: CUDA driver: expected success, got %s", operation, name ? name : "an error without a name");
 }
 

@@ -20,7 +20,7 @@ fusedmerge_result launch_switch(const char* operation, const SwitchLaunch&, cons
     return refuse(operation);
 }
 
-fusedmerge_result prepare_kernel(const char* operation, const char*) noexcept { return refuse(operation); }
+fusedmerge_result prepare_kernel(const char* operation, const char*, bool&) noexcept { return refuse(operation); }
 
 fusedmerge_result launch_kernel(const char* operation, const KernelLaunch&, const void*, int, fusedmerge_stream) noexcept {
     return refuse(operation);

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["AotLauncher", "JitLauncher", "Launcher", "SimLauncher", "aligned", "launcher"]
 
+_PROGRAMMATIC_VERSION = 90  # kProgrammaticVersion (launch_kernel.cu)
+
 
 def launcher(backend: str | Launcher, device: torch.device) -> Launcher:
     """What launches kernels on `device` by a backend that `choose` named: "sim", "jit" or "aot"; a launcher is itself."""
@@ -86,7 +88,7 @@ class AotLauncher(Launcher):
 
     def __init__(self, ordinal: int) -> None:
         self._ordinal = ordinal
-        self._ready: set[str] = set()
+        self._edges: dict[str, bool] = {}  # of the kernels that are ready: whether their code takes a programmatic edge
         self.num_multiprocessors, self.shared_bytes_limit = load_extension().query_device(ordinal)
 
     def launch(self, kernel: Kernel, params: ctypes.Structure, grid: int, shared_bytes: int, programmatic: bool = False) -> None:
@@ -96,10 +98,10 @@ class AotLauncher(Launcher):
         with torch.cuda.device(self._ordinal):
             stream = torch.cuda.current_stream().cuda_stream
             try:
-                if kernel.name not in self._ready:
-                    extension.prepare_kernel(kernel.name)
-                    self._ready.add(kernel.name)
-                extension.launch_kernel(kernel.name, grid, shared_bytes, programmatic, *argument, stream)
+                if kernel.name not in self._edges:
+                    self._edges[kernel.name] = extension.prepare_kernel(kernel.name)
+                edge = programmatic and self._edges[kernel.name]
+                extension.launch_kernel(kernel.name, grid, shared_bytes, edge, *argument, stream)
             except RuntimeError as error:
                 raise BackendError(kernel.name, 'backend "aot"', "a launch", error) from error
 
@@ -113,7 +115,7 @@ class JitLauncher(Launcher):
         device = cupy.cuda.Device(ordinal)
         self._ordinal = ordinal
         self._capability = divmod(int(device.compute_capability), 10)
-        self._functions: dict[Kernel, Any] = {}
+        self._functions: dict[Kernel, tuple[Any, bool]] = {}  # and whether the function takes a programmatic edge
         self.num_multiprocessors = device.attributes["MultiProcessorCount"]
         self.shared_bytes_limit = device.attributes["MaxSharedMemoryPerBlockOptin"]
 
@@ -121,21 +123,21 @@ class JitLauncher(Launcher):
         import torch
 
         with torch.cuda.device(self._ordinal):
-            function = self._function(kernel)
+            function, takes_edge = self._function(kernel)
             stream = torch.cuda.current_stream().cuda_stream
-            if programmatic and load_extension().has_cuda():  # CuPy's own launch takes no launch attributes
+            if programmatic and takes_edge and load_extension().has_cuda():  # CuPy's own launch takes no launch attributes
                 size = grid, kernel.threads, shared_bytes
                 self._call(kernel, load_extension().launch_function, function.kernel.ptr, *size, True, ctypes.addressof(params), stream)
             else:
                 self._call(kernel, self._launch_plain, function, params, (grid, kernel.threads, shared_bytes), stream)
 
-    def _function(self, kernel: Kernel) -> Any:
+    def _function(self, kernel: Kernel) -> tuple[Any, bool]:
         if kernel not in self._functions:
             import cupy
 
             function = cupy.RawModule(path=str(compiled(kernel, self._capability))).get_function(ENTRY)
             function.max_dynamic_shared_size_bytes = self.shared_bytes_limit
-            self._functions[kernel] = function
+            self._functions[kernel] = function, function.ptx_version >= _PROGRAMMATIC_VERSION
         return self._functions[kernel]
 
     def _launch_plain(self, _name: str, function: Any, params: ctypes.Structure, size: tuple[int, int, int], stream: int) -> None:
@@ -147,9 +149,9 @@ class JitLauncher(Launcher):
             function((grid,), (threads,), (argument,), shared_mem=shared_bytes)
 
     def _call(self, kernel: Kernel, function: Any, *arguments: Any) -> None:
-        from cupy.cuda.driver import CUDADriverError
+        import cupy
 
         try:
             function(kernel.name, *arguments)
-        except (RuntimeError, CUDADriverError) as error:
+        except (RuntimeError, cupy.cuda.driver.CUDADriverError) as error:
             raise BackendError(kernel.name, 'backend "jit"', "a launch", error) from error

@@ -10,6 +10,7 @@ import torch
 from fusedmerge.cost import TargetSize, fused_work, measure_rates, switch_work
 from fusedmerge.errors import FusedMergeError
 from fusedmerge.moe.decoder import Decoder
+from fusedmerge.moe.fused_kernels import added_launches
 from fusedmerge.moe.routing import TableRouter
 from fusedmerge.moe.structure import find
 from fusedmerge.weights import check_writable, collect
@@ -47,7 +48,8 @@ def choose(model: torch.nn.Module | Decoder, tokens: Tensor, new_tokens: int) ->
     if life <= 1 or not _writable(model, sizes):
         return "fused"
     rates = measure_rates(tokens.device)
-    beside = fused_work([*sizes.values()], k, k, second_pass=tokens.device.type == "cpu").seconds(rates)
+    launches = added_launches(model, len(tokens)) if isinstance(model, Decoder) else None
+    beside = fused_work([*sizes.values()], k, k, launches=launches, second_pass=tokens.device.type == "cpu").seconds(rates)
     return "merged" if life * beside > switch_work([*sizes.values()], k).seconds(rates) else "fused"
 
 

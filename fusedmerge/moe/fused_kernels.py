@@ -8,7 +8,7 @@ group of none needs no prologue, but for its norm or SiLU. Linears with routers 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ from fusedmerge.backend import linear
 from fusedmerge.backend.linear import Known, Norm, Silu, Target
 from fusedmerge.backend.linear_params import MAX_TOKENS
 from fusedmerge.moe.decoder_files import bias_name
-from fusedmerge.moe.experts import ExpertSet, Routes
+from fusedmerge.moe.experts import ExpertLinear, ExpertSet, Routes
 from fusedmerge.moe.routing import Router, TableRouter
 from fusedmerge.moe.unmerged import Fused
 from fusedmerge.ops import route_topk
@@ -31,8 +31,10 @@ if TYPE_CHECKING:
 
     from fusedmerge.moe.decoder import Cache, Decoder
 
-__all__ = ["FusedKernels", "kernels_for"]
+__all__ = ["FusedKernels", "added_launches", "kernels_for"]
 
+# A layer's linears by the x that they share, and whether it is made by a norm or SiLU.
+_SHARING = ((("q_proj", "k_proj", "v_proj"), True), (("o_proj",), False), (("gate_proj", "up_proj"), True), (("down_proj",), True))
 _SPARE_BYTES = 2**23  # of A that a fused router may read for nothing: about a launch's time at 3 TB/s (an estimate)
 
 
@@ -52,6 +54,37 @@ def kernels_for(decoder: Decoder) -> str | None:
     slots = max((_num_slots(experts, expert.router, len(expert.a)) for expert in experts.linears.values()), default=0)
     name = implementation("Decoder", most, slots, decoder.head_weight)
     return None if name == "torch" else name
+
+
+def added_launches(decoder: Decoder, tokens: int = 1) -> int | None:
+    """How many launches more a fused step of `tokens` tokens has on the kernels than the backbone's in the same groups.
+
+    They are the prologues that only experts need, and a pair for each further router among linears that share x. A router that is asked by
+    itself is not counted: merging asks it, too. None where linears do not run in groups, and `lora_linear` adds one launch for each target.
+    """
+    experts = decoder.experts
+    if experts is None or experts.method == "mixlora" or tokens > MAX_TOKENS or kernels_for(decoder) is None:
+        return None
+    linears, count = experts.linears, 0
+    for names in decoder.names:
+        for parts, is_made in _SHARING:
+            groups = _by_router(linears, [names[part] for part in parts])
+            shrinks = [any(linears[name].a.shape[1] for name in members if name in linears) for _, members in groups]
+            prologues = (is_made or shrinks[0]) + sum(shrinks[1:])
+            count += len(groups) + prologues - (1 + is_made)
+    return count
+
+
+def _by_router(linears: Mapping[str, ExpertLinear], names: Sequence[str]) -> list[tuple[str | None, list[str]]]:
+    """The names by router (and number of experts), those without experts in the first group."""
+    groups: dict[tuple[str | None, int], list[str]] = {}
+    for name in names:
+        if name in linears:
+            groups.setdefault((linears[name].router, len(linears[name].a)), []).append(name)
+    plain = [name for name in names if name not in linears]
+    if plain:
+        groups.setdefault(next(iter(groups), (None, 0)), []).extend(plain)
+    return [(router, members) for (router, _), members in groups.items()]
 
 
 def _num_slots(experts: ExpertSet, name: str | None, num_experts: int) -> int:
@@ -117,7 +150,7 @@ class FusedKernels(Fused):
         batch, rows = x.shape[:-1], _rows(x)
         ys: dict[str, Tensor] = {}
         residual = None if stream is None else _rows(stream)
-        for router, members in self._by_router(names):
+        for router, members in _by_router(self.experts.linears, names):
             routing: Known | linear.Router | None = None
             if any(name in self.experts.linears for name in members):
                 routing = self._fusable(router, members, x)
@@ -134,18 +167,6 @@ class FusedKernels(Fused):
             rows, source = applied.x, None
             ys |= {name: y.unflatten(0, batch) for name, y in zip(members, applied.ys, strict=True)}
         return [ys[name] for name in names]
-
-    def _by_router(self, names: Sequence[str]) -> list[tuple[str | None, list[str]]]:
-        """The names by router (and number of experts), those without experts in the first group."""
-        groups: dict[tuple[str | None, int], list[str]] = {}
-        linears = self.experts.linears
-        for name in names:
-            if name in linears:
-                groups.setdefault((linears[name].router, len(linears[name].a)), []).append(name)
-        plain = [name for name in names if name not in linears]
-        if plain:
-            groups.setdefault(next(iter(groups), (None, 0)), []).extend(plain)
-        return [(router, members) for (router, _), members in groups.items()]
 
     def _reads(self, router: str | None) -> bool:
         """Whether a router has yet to be asked, with x."""

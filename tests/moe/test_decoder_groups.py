@@ -11,11 +11,12 @@ from torch.nn import functional as F
 
 import fusedmerge as fm
 from fusedmerge.backend.kernels import SimLauncher
-from fusedmerge.moe import fused_kernels
+from fusedmerge.cost import Rates, Work
+from fusedmerge.moe import auto, fused_kernels
 from fusedmerge.moe.config import GATINGS
 from fusedmerge.moe.decoder import Cache, Decoder
 from fusedmerge.moe.experts import ExpertSet
-from fusedmerge.moe.fused_kernels import FusedKernels
+from fusedmerge.moe.fused_kernels import FusedKernels, added_launches
 from fusedmerge.moe.routing import Router, TableRouter
 from fusedmerge.moe.session import DecoderSession
 from fusedmerge.moe.strategies import make
@@ -138,6 +139,75 @@ def test_launches_of_a_step(decoder, launched, method, pairs):
     assert step_launches(decoder, launched, batch=2) == PAIR * pairs * decoder.config.layers
     if pairs == 4:
         assert 2 * pairs == model.FUSED_LAUNCHES - 1  # attention
+
+
+def _table(experts):
+    return ExpertSet("lora_switch", experts.linears, {"token": TableRouter(torch.ones(67, 2), torch.ones(67, 2))})
+
+
+def _only(*parts):
+    def change(experts):
+        few = {name: linear for name, linear in experts.linears.items() if name.split(".")[-2] in parts}
+        return ExpertSet(experts.method, few, experts.routers)
+
+    return change
+
+
+def _without_rank(experts):
+    """o_proj and q_proj have experts of rank 0."""
+    linears = {
+        name: replace(linear, a=linear.a[:, :0], b=linear.b[..., :0]) if "o_proj" in name or "q_proj" in name else linear
+        for name, linear in experts.linears.items()
+    }
+    return _table(ExpertSet(experts.method, linears, experts.routers))
+
+
+ADDED = {
+    "lora": ("lora", lambda experts: experts, 1),
+    "lora without o": ("lora", _only("k_proj", "down_proj"), 0),
+    "table": ("lora_switch", _table, 1),
+    "router": ("lora_switch", lambda experts: experts, 1),
+    "router asked": ("lora_switch", lambda experts: with_routers(experts, ROUTERS["asked"]), 1),
+    "rank 0": ("lora_switch", _without_rank, 0),
+    "mola": ("mola", lambda experts: experts, 7),
+    "mola of v and o": ("mola", _only("v_proj", "o_proj"), 1),
+    "mola of two": ("mola", _only("k_proj", "v_proj"), 2),
+}
+
+
+@pytest.mark.parametrize("case", ADDED)
+def test_launches_that_experts_add(decoder, launched, case):
+    method, change, per_layer = ADDED[case]
+    decoder.experts = ExpertSet("lora", {}, {})
+    plain = step_launches(decoder, launched)
+    decoder.experts = change(make_experts(decoder, method))
+    fused = [name for name in step_launches(decoder, launched) if name != "route"]
+    assert added_launches(decoder) == len(fused) - len(plain) == per_layer * decoder.config.layers
+    if case == "lora":
+        assert per_layer == model.FUSED_LAUNCHES - model.BACKBONE_LAUNCHES
+
+
+def test_launches_are_told_for_groups_only(decoder, on_simulator, monkeypatch):
+    assert added_launches(decoder) is None  # no experts
+    decoder.experts = make_experts(decoder, "lora")
+    assert (added_launches(decoder, 16), added_launches(decoder, 17)) == (2, None)
+    monkeypatch.setenv("FUSEDMERGE_BACKEND", "cpu")
+    assert added_launches(decoder) is None
+    monkeypatch.setenv("FUSEDMERGE_BACKEND", "sim")
+    decoder.experts = make_experts(decoder, "mixlora")
+    assert added_launches(decoder) is None
+
+
+def test_auto_counts_the_launches_of_groups(decoder, on_simulator, monkeypatch):
+    """Where launches are all that costs, and a switch costs 31: the fused step adds one a layer, by `lora_linear` seven."""
+    monkeypatch.setattr(auto, "measure_rates", lambda device: Rates(bytes_per_second=1e18, flops_per_second=1e18, launch_seconds=1.0))
+    monkeypatch.setattr(auto, "switch_work", lambda sizes, k: Work(0, 0, 31))
+    decoder.experts = make_experts(decoder, "lora")
+    for batch, least in ((1, 16), (16, 16), (17, 3)):  # 16 * 2 > 31 > 15 * 2, 3 * 14 > 31 > 2 * 14
+        tokens = random_tokens(batch, 2)
+        assert (auto.choose(decoder, tokens, least), auto.choose(decoder, tokens, least - 1)) == ("merged", "fused")
+    monkeypatch.setenv("FUSEDMERGE_BACKEND", "cpu")
+    assert (auto.choose(decoder, random_tokens(1, 2), 3), auto.choose(decoder, random_tokens(1, 2), 2)) == ("merged", "fused")
 
 
 def test_a_router_apart_is_one_launch_more(decoder, launched, monkeypatch):
