@@ -29,7 +29,7 @@ inline bool append_place(const TensorExchange& exchange, PyObject* tensor, std::
     words.insert(words.end(), {reinterpret_cast<int64_t>(found.data), static_cast<int64_t>(found.byte_offset), kind[0], kind[1]});
     words.push_back(found.ndim);
     words.insert(words.end(), found.shape, found.shape + found.ndim);
-    words.insert(words.end(), found.strides, found.strides + found.ndim);
+    if (found.strides != nullptr) words.insert(words.end(), found.strides, found.strides + found.ndim);  // null: contiguous
     return true;
 }
 
