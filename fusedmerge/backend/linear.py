@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["Applied", "Known", "Norm", "Router", "Silu", "Target", "decode_group", "decode_linear", "route"]
 
 _MAX_ROUTED = 4096  # N of the router alone: its logits are in 48 KB of shared memory
-_PROLOGUE_BYTES = {1: 71968, 2: 78400}  # kPrologueSharedBytes, by tiles of eight tokens
-_GEMV_BYTES = {1: 92160, 2: 94208}  # kGemvSharedBytes
+_PROLOGUE_BYTES = {1: 72032, 2: 78528}  # kPrologueSharedBytes, by tiles of eight tokens
+_GEMV_BYTES = {1: 95040, 2: 99200}  # kGemvSharedBytes
 _GEMV_BLOCKS = 2  # kBlocksPerMultiprocessor
 
 
@@ -259,7 +259,7 @@ class _Group:
             described.z, described.z_pitch = self._z[offset:].data_ptr(), pitch
             described.first_tile, described.first_rank_tile = params.num_tiles, params.num_rank_tiles
             params.num_tiles += -(-len(target.weight) // lp.TILE_ROWS)
-            params.num_rank_tiles += -(-target.rank // lp.TILE_ROWS)
+            params.num_rank_tiles += -(-target.rank // lp.MMA_ROWS)
             if target.a is not None:
                 params.num_adapters = len(target.a)
             offset += num_places * pitch

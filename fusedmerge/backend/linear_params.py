@@ -9,6 +9,7 @@ __all__ = [
     "MAX_TARGETS",
     "MAX_TOKENS",
     "SPLIT_COLS",
+    "MMA_ROWS",
     "TILE_ROWS",
     "Z_PITCH_STEP",
     "LinearParams",
@@ -17,7 +18,7 @@ __all__ = [
 ]
 
 MAX_TOKENS, MAX_TARGETS = 16, 4  # kMaxTokens, kMaxTargets
-TILE_ROWS, SPLIT_COLS, Z_PITCH_STEP = 16, 2048, 8  # kTileRows, kSplitCols, kZPitchStep
+MMA_ROWS, TILE_ROWS, SPLIT_COLS, Z_PITCH_STEP = 16, 32, 2048, 8  # kMmaRows, kTileRows, kSplitCols, kZPitchStep
 WEIGHT_ALIGNED, A_ALIGNED, B_ALIGNED = 1, 2, 4  # TargetFlags
 X_ALIGNED, INPUT_ALIGNED, SECOND_ALIGNED, NORM_ALIGNED, SUM_ALIGNED, ROUTER_ALIGNED = 1, 2, 4, 8, 16, 32  # SourceFlags
 ROUTER_WIDE = 64  # kRouterWide

@@ -86,9 +86,10 @@ def ptx(nvcc: str, architecture: str) -> Path:
     def compile_ptx(target: Path) -> None:
         command = [nvcc, "-std=c++17", "-ptx", f"-arch={architecture}", f"-I{ROOT / 'cuda/include'}", f"-I{ROOT / 'cuda/src'}"]
         sources = [ROOT / f"cuda/src/{name}.cu" for name in ("instances", "kernels_linear", "kernels_sgmv")]
+        environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # no sanitizer for nvcc
         parts = [target.with_suffix(f".{os.getpid()}.{source.stem}") for source in sources]
         for source, part in zip(sources, parts, strict=True):
-            subprocess.run([*command, "-o", str(part), str(source)], check=True)
+            subprocess.run([*command, "-o", str(part), str(source)], check=True, env=environment)
         parts[0].write_text("".join(part.read_text() for part in parts))
         parts[0].replace(target)
         for part in parts[1:]:

@@ -212,6 +212,16 @@ void shift_funnel(Step& step) {
     });
 }
 
+// bfi to, x, y, at, count: y with x's low bits from bit `at` on.
+void insert_bits(Step& step) {
+    for_lanes(step.mask, [&](int lane) {
+        uint32_t at = get<uint32_t>(step.row(3), lane) & 255u, count = get<uint32_t>(step.row(4), lane) & 255u;
+        uint64_t mask = at < 32 ? ((uint64_t{1} << (count < 32 ? count : 32)) - 1) << at : 0;
+        uint64_t x = at < 32 ? static_cast<uint64_t>(get<uint32_t>(step.row(1), lane)) << at : 0;
+        set(step.row(0), lane, static_cast<uint32_t>((x & mask) | (get<uint32_t>(step.row(2), lane) & ~mask)));
+    });
+}
+
 // shfl.sync.{bfly,idx}.b32 to, from, lane or mask, 0x1f, all
 Action shuffle(bool butterfly) {
     return [butterfly](Step& step) {
@@ -309,6 +319,8 @@ void decode(const std::string& opcode, Instruction& instruction) {
         instruction.action = move(instruction.registers.size(), bits);
     } else if (name == "selp") {
         instruction.action = select();
+    } else if (opcode == "bfi.b32") {
+        instruction.action = insert_bits;
     } else if (opcode == "shf.l.wrap.b32") {
         instruction.action = shift_funnel;
     } else if (opcode == "prmt.b32") {

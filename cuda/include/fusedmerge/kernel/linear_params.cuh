@@ -8,7 +8,8 @@ namespace fusedmerge {
 
 constexpr int kMaxTokens = 16;    // T of prologue and GEMV
 constexpr int kMaxTargets = 4;    // matrices that share one x in a launch
-constexpr int kTileRows = 16;     // rows of a weight, or ranks of an adapter, that a block multiplies with x at a time
+constexpr int kMmaRows = 16;      // ranks of an adapter that a block multiplies with x at a time
+constexpr int kTileRows = 32;     // rows of a weight
 constexpr int kSplitCols = 2048;  // columns of x that one unit of the shrink covers; z is a sum over splits
 constexpr int kZPitchStep = 8;    // z's ranks are padded to a multiple of this with zeros
 
@@ -55,7 +56,7 @@ struct LinearTarget {
     int rank;             // r
     int z_pitch;          // r padded to a multiple of kZPitchStep
     int first_tile;       // tiles of kTileRows rows of all targets before this one
-    int first_rank_tile;  // tiles of kTileRows ranks of all targets before this one
+    int first_rank_tile;  // tiles of kMmaRows ranks of all targets before this one
     int flags;            // TargetFlags
 };
 
@@ -89,7 +90,7 @@ struct LinearParams {
     int cols;    // in
     int num_targets;
     int num_tiles;       // of kTileRows rows, of all targets
-    int num_rank_tiles;  // of kTileRows ranks, of all targets
+    int num_rank_tiles;  // of kMmaRows ranks, of all targets
     int num_splits;      // of kSplitCols columns
     int num_adapters;    // N
     int num_slots;       // k, at most kMaxSlots

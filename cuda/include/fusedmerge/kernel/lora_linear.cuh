@@ -28,8 +28,8 @@ template <int kTokenTiles>
 constexpr int kPrologueSharedBytes = static_cast<int>(sizeof(PrologueMemory<kTokenTiles>));
 template <int kTokenTiles>
 constexpr int kGemvSharedBytes = static_cast<int>(sizeof(GemvMemory<kTokenTiles>));
-static_assert(kPrologueSharedBytes<1> == 71968 && kPrologueSharedBytes<2> == 78400, "fusedmerge/backend/linear.py states other sizes");
-static_assert(kGemvSharedBytes<1> == 92160 && kGemvSharedBytes<2> == 94208, "fusedmerge/backend/linear.py states other sizes");
+static_assert(kPrologueSharedBytes<1> == 72032 && kPrologueSharedBytes<2> == 78528, "fusedmerge/backend/linear.py states other sizes");
+static_assert(kGemvSharedBytes<1> == 95040 && kGemvSharedBytes<2> == 99200, "fusedmerge/backend/linear.py states other sizes");
 
 template <class T, int kTokenTiles>
 FM_KERNEL(kThreads)

@@ -19,7 +19,7 @@ constexpr int kStepCols = kWarps * kChunkCols;  // columns of a block's step
 // The sums of a block's warps, in shared memory.
 template <int kTokenTiles>
 struct Partials {
-    float sums[kWarps][kTileRows][8 * kTokenTiles];
+    float sums[kWarps][kMmaRows][8 * kTokenTiles];
 
     FM_DEVICE float total(int row, int token) const {
         float all[8];
@@ -67,8 +67,10 @@ struct Products {
 // What each token takes, in shared memory; tokens from T on take nothing.
 template <int kTokenTiles>
 struct Routing {
-    int ids[8 * kTokenTiles][kMaxSlots];  // -1: empty
-    float gates[8 * kTokenTiles][kMaxSlots];
+    static constexpr int kPitch = kMaxSlots + 1;  // tokens lie in different banks
+
+    int ids[8 * kTokenTiles][kPitch];  // -1: empty
+    float gates[8 * kTokenTiles][kPitch];
 
     // Block-wide; false: no slot is used. Where there is a router, the prologue's logits tell.
     FM_DEVICE bool find(const LinearParams& params) { return params.router != nullptr ? choose_all(params) : read(params); }

@@ -85,7 +85,7 @@ struct Prologue {
             unit.idx = idx;
             unit.split = idx / num_choices / params.num_rank_tiles;
             unit.target = &params.targets[t];
-            unit.rank = (rank_tile - unit.target->first_rank_tile) * kTileRows;
+            unit.rank = (rank_tile - unit.target->first_rank_tile) * kMmaRows;
             return true;
         }
         return false;
