@@ -126,6 +126,7 @@ Action integral(const std::vector<std::string>& parts) {
     if (name == "xor") return binary<T, T, T>([](T x, T y) { return x ^ y; });
     if (name == "not" && parts[1] == "pred") return unary<T, T>([](T x) { return !x; });
     if (name == "not") return unary<T, T>([](T x) { return ~x; });
+    if (name == "popc") return unary<T, T>([](T x) { return static_cast<T>(__builtin_popcountll(static_cast<U>(x))); });
     if (name == "shl")
         return binary<T, T, uint32_t>([](T x, uint32_t n) { return n >= kBits ? T(0) : static_cast<T>(static_cast<U>(x) << n); });
     if (name == "shr") {
