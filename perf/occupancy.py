@@ -40,7 +40,7 @@ follows from it: [tuning](../tuning.md).
 - asked: blocks that the grid has for each of 132 multiprocessors. Llama-2-7B, bf16, top-2 of 8 adapters, r = 64; 1, 16 (`_16`) and 4096
   tokens (`group`, `sgmv`); a layer for the switch.
 - loads a lane: under way at once, by the constants of the kernel's header and by the scoreboards of its sm_90a machine code (the fewer
-  count; one number: `cp.async`). KB in flight: of a multiprocessor.
+  count; one number: `cp.async`, or B and A read by several warps). KB in flight: of a multiprocessor.
 - H200 and H100: these bytes, with what is stored for them, over the assumed latency under load, as a share of the data sheet's bandwidth
   (4.8 and 3.35 TB/s). Below 1 the kernel cannot reach that bandwidth; above 1 loads in flight are not what limits it.
 
@@ -91,10 +91,10 @@ def resident(limits: Limits, threads: int, registers: int, shared: int) -> Resid
 
 
 class Stream(NamedTuple):
-    """What a kernel reads from memory, in the loads that a lane has under way by design."""
+    """What a kernel reads from memory."""
 
     what: str
-    loads: int  # of a lane
+    loads: int | None  # that a lane has under way by design; None: the machine code alone tells
     bytes: int  # of each
     traffic: int = 1  # bytes moved for each byte that is loaded: what is stored counts, too
     sass: str = ""  # the loads in the machine code, after the first mma; empty: cp.async, which waits for groups, not for scoreboards
@@ -131,7 +131,7 @@ def streams(name: str, headers: Path = cubin.INCLUDE / "fusedmerge/kernel") -> l
             Stream("A, x", 2 * (a + x), OCTET, 1, r"LDG\.E\.128"),
             Stream("x, A once", 2 * a // c["kWarps"] + 2 * x, OCTET),  # a block's warps share an expert: A comes from L1 but for the first
         ],
-        "sgmv_expand_bf16": [Stream("B", 4 * c["kBlocks"], OCTET), Stream("y", 1, OCTET, 2, r"LDG\.E\.NA\.128")],  # y: row by row
+        "sgmv_expand_bf16": [Stream("B", 4 * c["kBlocks"], OCTET), Stream("y", None, OCTET, 2, r"LDG\.E\.NA\.128")],
     }.get(name, [])
 
 
@@ -186,10 +186,11 @@ def table(architectures: Sequence[str]) -> list[list[str]]:
 
 
 def _flight(stream: Stream, kernel: Built, rates: Sequence[tuple[str, float]]) -> list[str]:
-    compiled = min(stream.loads, cubin.loads_in_flight(kernel.sass, stream.sass, "HMMA")) if stream.sass else stream.loads
-    flight = compiled * stream.bytes * kernel.launch.kernel.threads * min(kernel.fits.blocks, kernel.launch.asked)
+    counts = [] if stream.loads is None else [stream.loads]
+    counts += [cubin.loads_in_flight(kernel.sass, stream.sass, "HMMA")] if stream.sass else []
+    flight = min(counts) * stream.bytes * kernel.launch.kernel.threads * min(kernel.fits.blocks, kernel.launch.asked)
     shares = [flight * stream.traffic / (latency * 1e-6) / (DEVICES[device] / MULTIPROCESSORS) for device, latency in rates]
-    loads = f"{stream.loads}, {compiled}" if stream.sass else str(stream.loads)
+    loads = f"{stream.loads or '-'}, {min(counts)}" if stream.sass else str(stream.loads)
     return [stream.what, loads, f"{flight / 1024:.3g}", *(f"{share:.2f}" for share in shares)]
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from perf import cubin, occupancy
 from perf.cubin import INCLUDE, ROOT
-from perf.launches import launches
+from perf.launches import Launch, launches
 from perf.occupancy import LIMITS, resident
 
 HEADERS = INCLUDE / "fusedmerge/kernel"
@@ -106,8 +106,13 @@ def test_blocks_are_nvidia_s(tmp_path):
 # ---- launches and bytes in flight ------------------------------------------------------------------------------------
 
 
+def noted(kilobytes: int) -> list[Launch]:
+    pytest.importorskip("fusedmerge._ext")  # the planner
+    return launches(kilobytes << 10)
+
+
 def test_every_kernel_is_in_the_sheet():
-    names = [launch.name for launch in launches(227 << 10)]
+    names = [launch.name for launch in noted(227)]
     files = "".join((ROOT / f"cuda/src/{file}").read_text() for file in ("kernels_linear.cu", "kernels_sgmv.cu"))
     stated = {name for name in re.findall(r'named_kernel<.*>\("(\w+)"', files) if "fp16" not in name}
     assert len(stated) == 12 and stated == {name for name in names if not name.startswith("switch")}
@@ -115,7 +120,7 @@ def test_every_kernel_is_in_the_sheet():
 
 
 def test_shared_memory_and_grids_are_the_launcher_s():
-    large, small = ({launch.name: launch for launch in launches(limit << 10)} for limit in (227, 99))
+    large, small = ({launch.name: launch for launch in noted(limit)} for limit in (227, 99))
     assert (large["switch, in place"].shared, small["switch, in place"].shared) == (91_520 + 139_264, 91_520)  # two chunks of ranks, or one
     assert (large["gemv_bf16_8"].shared, large["gemv_bf16_8"].asked, small["gemv_bf16_8"].asked) == (92_160, 2, 1)
     assert (large["sgmv_expand_bf16"].shared, small["sgmv_expand_bf16"].shared) == (96 << 10, 48 << 10)  # tokens of a tile, 1 KB each
@@ -123,7 +128,7 @@ def test_shared_memory_and_grids_are_the_launcher_s():
 
 
 def block_bytes(name: str, headers: Path = HEADERS) -> list[int]:
-    return [256 * stream.loads * stream.bytes for stream in occupancy.streams(name, headers)]
+    return [256 * stream.loads * stream.bytes for stream in occupancy.streams(name, headers) if stream.loads is not None]
 
 
 # By hand, from the headers' descriptions. A constant that changes there changes the sheet, and must change here.
@@ -137,14 +142,14 @@ FLIGHT = {
     "gemv_bf16_8": [6 * 16 * 256 * 2],  # six steps of W
     "gemv_bf16_16": [4 * 16 * 256 * 2],
     "sgmv_shrink_bf16": [8 * 2 * (64 + 16) * 32 * 2, 2 * (64 + 8 * 16) * 32 * 2],  # two steps of eight warps; with A shared
-    "sgmv_expand_bf16": [64 * 256 * 2, 8 * 8 * 32 * 2],  # a factor's 64 ranks; eight rows of y
+    "sgmv_expand_bf16": [64 * 256 * 2],  # a factor's 64 ranks; rows of y by the machine code
     "group_scan": [],
 }
 
 
 def test_bytes_in_flight_by_hand():
     assert {name: block_bytes(name) for name in FLIGHT} == FLIGHT
-    assert {launch.name for launch in launches(227 << 10) if occupancy.streams(launch.name)} == {name for name, b in FLIGHT.items() if b}
+    assert {launch.name for launch in noted(227) if occupancy.streams(launch.name)} == {name for name, b in FLIGHT.items() if b}
 
 
 @pytest.mark.parametrize(
@@ -154,7 +159,7 @@ def test_bytes_in_flight_by_hand():
         ("linear_params.cuh", "kSplitCols = 2048", "kSplitCols = 1024", "prologue_bf16_8", [32 << 10]),
         ("params.cuh", "kStepRows = 64", "kStepRows = 32", "switch, exact", [16 << 10]),
         ("sgmv_params.cuh", "kShrinkRanks = 64", "kShrinkRanks = 32", "sgmv_shrink_bf16", [8 * 2 * 48 * 64, 2 * 160 * 64]),
-        ("sgmv_params.cuh", "kExpandRanks = 64", "kExpandRanks = 32", "sgmv_expand_bf16", [16 << 10, 4096]),
+        ("sgmv_params.cuh", "kExpandRanks = 64", "kExpandRanks = 32", "sgmv_expand_bf16", [16 << 10]),
     ],
 )
 def test_a_header_s_constant_reaches_the_sheet(tmp_path, header, old, new, name, expected):
@@ -216,6 +221,7 @@ def test_scoreboards_of_kernels_that_are_known(tmp_path, arch):
 @pytest.mark.slow
 def test_the_page_is_what_the_program_prints(capsys):
     tools()
+    pytest.importorskip("fusedmerge._ext")
     written = re.findall(r"with nvcc ([\d.]+)\. ", PAGE.read_text())
     if written != [occupancy.compiler()]:
         pytest.skip(f"the page was written with nvcc {written}, here is {occupancy.compiler()}")
