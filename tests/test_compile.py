@@ -5,17 +5,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
-import shutil
 import subprocess
-import sysconfig
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-INCLUDE = ROOT / "cuda/include"
+from perf.cubin import INCLUDE, ROOT, SITE, compile_cubin, find_tool, kernels
+
 HEADERS = sorted((INCLUDE / "fusedmerge/kernel").glob("*.cuh"))
-SITE = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
 
 # Registers of a thread at most; with 256 threads a block, 255 is the hardware's limit.
 CEILING = {"mma": 255, "simt": 168}
@@ -39,11 +36,6 @@ extern "C" FM_KERNEL(kThreads) inplace(const SwitchParams params) { run_switch<B
 INSTRUCTIONS = r"\b(HMMA\.16816\.F32|LDG\.E\.[\w.]*128|STG\.E\.[\w.]*128|LDGSTS\.E[\w.]*128|LDSM\.16\.M88\.4|STL|LDL)\b"
 
 
-def find_tool(name: str) -> str | None:
-    packaged = sorted(SITE.glob(f"cu*/bin/{name}")) + sorted(SITE.glob(f"cuda_*/bin/{name}"))
-    return shutil.which(name) or shutil.which(f"/usr/local/cuda/bin/{name}") or (str(packaged[0]) if packaged else None)
-
-
 @pytest.fixture(scope="module")
 def nvcc():
     return find_tool("nvcc") or pytest.skip("nvcc is not installed")
@@ -64,26 +56,6 @@ def compile_representative(nvcc, tmp_path_factory):
         return compile_cubin(nvcc, source, arch, place / "representative.cubin")
 
     return compiled
-
-
-def compile_cubin(nvcc: str, source: Path, arch: str, cubin: Path) -> tuple[Path, str]:
-    flags = ["-std=c++17", f"-arch={arch}", "-cubin", f"-I{INCLUDE}", f"-I{ROOT / 'cuda/src'}", "-Xptxas=-v"]
-    done = subprocess.run([nvcc, *flags, "-o", str(cubin), str(source)], check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "warning" not in done.stderr, done.stderr
-    return cubin, done.stderr
-
-
-def kernels(report: str) -> dict[str, dict[str, int]]:
-    """ptxas -v's figures for each kernel."""
-    found = {}
-    for part in report.split("Compiling entry function '")[1:]:
-        name = part.split("'", 1)[0]
-        figures = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part)
-        registers = re.search(r"Used (\d+) registers", part)
-        assert figures and registers, part
-        found[name] = dict(zip(("stack", "stores", "loads"), map(int, figures.groups()), strict=True), registers=int(registers[1]))
-    return found
 
 
 def check_figures(report: str, count: int) -> None:

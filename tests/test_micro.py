@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from fusedmerge.commands import plot
+from perf.cubin import ROOT, compile_cubin, find_tool, kernels
 from perf.evidence import begin
 from perf.micro import device, driver, m1_tiles, m2_multiply, m3_products, m4_gemv, m5_handover
 from perf.micro.__main__ import BENCHMARKS, KERNEL_FILES, main, run
 from tests import kit, micro_kit
-from tests.test_compile import ROOT, compile_cubin, find_tool, kernels
 
 ARCHITECTURES = ["sm_90a", *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("sm_80", "sm_100", "sm_120"))]
 # Instructions without which a kernel would not measure what it says; on sm_90a also the bulk copies, wgmma and the programmatic edge.
