@@ -117,7 +117,7 @@ def constants(headers: Path = cubin.INCLUDE / "fusedmerge/kernel", **given: int)
 def streams(name: str, headers: Path = cubin.INCLUDE / "fusedmerge/kernel") -> list[Stream]:
     """What this kernel streams; nothing where it is not made for bandwidth."""
     c = constants(headers, kTokenTiles=2 if name.endswith("_16") else 1)
-    rows = 2  # of a lane, in a step of prologue and GEMV: g and g + 8
+    rows = 2  # of a lane, in a step of the prologue: g and g + 8
     a, x = 2 * c["kTiles"], c["kHalves"]  # octets of a lane in a step of the shrink; two steps are under way
     return {
         "switch, exact": [Stream("base", c["kOctets"], OCTET, 2, r"LDG\.E\.NA\.128")],
@@ -125,8 +125,8 @@ def streams(name: str, headers: Path = cubin.INCLUDE / "fusedmerge/kernel") -> l
         "switch, fp8 base": [Stream("base", c["kOctets"], OCTET // 2, 3, r"LDG\.E\.NA\.64")],
         "prologue_bf16_8": [Stream("A", rows * c["kUnitSteps"], OCTET)],
         "prologue_bf16_16": [Stream("A", rows * c["kUnitSteps"], OCTET)],
-        "gemv_bf16_8": [Stream("W", rows * (c["kStages"] - 1), OCTET)],
-        "gemv_bf16_16": [Stream("W", rows * (c["kStages"] - 1), OCTET)],
+        "gemv_bf16_8": [Stream("W", c["kRowOctets"] * (c["kStages"] - 1), OCTET)],
+        "gemv_bf16_16": [Stream("W", c["kRowOctets"] * (c["kStages"] - 1), OCTET)],
         "sgmv_shrink_bf16": [
             Stream("A, x", 2 * (a + x), OCTET, 1, r"LDG\.E\.128"),
             Stream("x, A once", 2 * a // c["kWarps"] + 2 * x, OCTET),  # a block's warps share an expert: A comes from L1 but for the first

@@ -29,6 +29,9 @@ constexpr int kResidentExtraBytes = kMaxResidentChunks * kStripBytes;  // added 
 template <class Factor>
 constexpr int kSwitchSharedBytes = kSelectionBytes + static_cast<int>(kSame<Factor, float> ? sizeof(SimtMemory) : sizeof(MmaMemory));
 
+constexpr int kRowStep = kThreads / 32;  // between a thread's rows in a copied unit
+constexpr int kCopyRows = 4;             // of a thread, loaded together
+
 // No expert here: the source's bits (its rounded value where the types differ).
 template <class Live, class Source>
 FM_DEVICE bool copy_unit(const SwitchSegment& segment, const Unit& unit) {
@@ -37,20 +40,32 @@ FM_DEVICE bool copy_unit(const SwitchSegment& segment, const Unit& unit) {
     unsigned long long policy = evict_first_policy();
     bool finite = true;
     if (num_cols <= 0) return finite;
-    FM_UNROLL_4
-    for (int row = unit.first_row + thread_index() / 32; row < unit.end_row; row += kThreads / 32) {
-        Octet<Source> source;
-        load_octet(source, static_cast<const Source*>(segment.source) + row * segment.source_stride + col, num_cols,
-                   (segment.flags & kSourceAligned) != 0, policy);
-        Live* live = static_cast<Live*>(segment.live) + row * segment.live_stride + col;
-        bool aligned = (segment.flags & kLiveAligned) != 0;
-        if constexpr (kSame<Live, Source>) {
-            store_octet(live, source, num_cols, aligned, policy);
-            finite &= all_finite(source);
-        } else {
-            float values[8];
-            widen_octet(values, source, kSame<Source, Fp8E4M3> ? scale_at(segment, row, col) : 1.0f);
-            finite &= store_values(live, values, num_cols, aligned, policy);
+    FM_NO_UNROLL
+    for (int first = unit.first_row + thread_index() / 32; first < unit.end_row; first += kCopyRows * kRowStep) {
+        Octet<Source> octets[kCopyRows];  // all loads go out before the first store
+        float scales[kCopyRows];
+        FM_UNROLL
+        for (int i = 0; i < kCopyRows; ++i) {
+            int row = first + i * kRowStep < unit.end_row ? first + i * kRowStep : first;
+            load_octet(octets[i], static_cast<const Source*>(segment.source) + row * segment.source_stride + col, num_cols,
+                       (segment.flags & kSourceAligned) != 0, policy);
+            scales[i] = kSame<Source, Fp8E4M3> ? scale_at(segment, row, col) : 1.0f;
+        }
+        FM_UNROLL
+        for (int i = 0; i < kCopyRows; ++i) {
+            Octet<Live> live;
+            if constexpr (kSame<Live, Source>) {
+                live = octets[i];  // -0 and NaN keep their bits
+            } else {
+                float values[8];
+                widen_octet(values, octets[i], scales[i]);
+                narrow_octet(live, values);
+            }
+            finite &= all_finite(live);
+            int row = first + i * kRowStep;
+            if (row >= unit.end_row) continue;
+            store_octet(static_cast<Live*>(segment.live) + row * segment.live_stride + col, live, num_cols,
+                        (segment.flags & kLiveAligned) != 0, policy);
         }
     }
     return finite;

@@ -269,12 +269,16 @@ struct MmaUnit {
     }
 
     FM_DEVICE void finish_octet(int i, float coefficient, const Octet<Source>& octet, float octet_scale) {
+        float values[8];
+        widen_octet(values, octet, octet_scale);
+        FM_UNROLL
+        for (int c = 0; c < 8; ++c) values[c] = fused_multiply_add(coefficient, acc[i / 2][c / 2][i % 2 * 2 + c % 2], values[c]);
+        Octet<Live> narrowed;
+        narrow_octet(narrowed, values);
+        bool ok = all_finite(narrowed);
         if (live_row < unit.end_row && num_cols > 0) {
-            float values[8];
-            widen_octet(values, octet, octet_scale);
-            FM_UNROLL
-            for (int c = 0; c < 8; ++c) values[c] = fused_multiply_add(coefficient, acc[i / 2][c / 2][i % 2 * 2 + c % 2], values[c]);
-            finite &= store_values(live_at, values, num_cols, (flags & kLiveAligned) != 0, policy);
+            finite &= ok;
+            store_octet(live_at, narrowed, num_cols, (flags & kLiveAligned) != 0, policy);
         }
         live_row += 8;
         live_at += live_step;
