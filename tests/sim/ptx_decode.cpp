@@ -213,6 +213,20 @@ void shift_funnel(Step& step) {
     });
 }
 
+// By way of float32, where products are exact: right wherever the sum is exact, too.
+Action fma_pair(bool bf16) {
+    auto wide = [bf16](uint32_t bits) { return bf16 ? sim::bits_to_float(bits << 16) : sim::fp16_to_float(static_cast<uint16_t>(bits)); };
+    auto narrow = bf16 ? sim::float_to_bf16 : sim::float_to_fp16;
+    return ternary<uint32_t, uint32_t>([wide, narrow](uint32_t x, uint32_t y, uint32_t z) {
+        uint32_t word = 0;
+        for (int shift : {0, 16}) {
+            float sum = std::fmaf(wide(x >> shift & 0xffffu), wide(y >> shift & 0xffffu), wide(z >> shift & 0xffffu));
+            word |= static_cast<uint32_t>(narrow(sum)) << shift;
+        }
+        return word;
+    });
+}
+
 // bfi to, x, y, at, count: y with x's low bits from bit `at` on.
 void insert_bits(Step& step) {
     for_lanes(step.mask, [&](int lane) {
@@ -320,6 +334,8 @@ void decode(const std::string& opcode, Instruction& instruction) {
         instruction.action = move(instruction.registers.size(), bits);
     } else if (name == "selp") {
         instruction.action = select();
+    } else if (opcode == "fma.rn.bf16x2" || opcode == "fma.rn.f16x2") {
+        instruction.action = fma_pair(parts[2] == "bf16x2");
     } else if (opcode == "bfi.b32") {
         instruction.action = insert_bits;
     } else if (opcode == "shf.l.wrap.b32") {

@@ -60,6 +60,12 @@ unsigned short float_to_bf16(float x);
 unsigned short float_to_fp16(float x);
 float fp16_to_float(unsigned short bits);
 
+// NaN in each half of the word whose exponent is all ones.
+inline unsigned non_finite_halves(unsigned word, unsigned exponent) {
+    unsigned low = (word & exponent) == exponent ? 0x7fffu : 0u;
+    return (word >> 16 & exponent) == exponent ? low | 0x7fff0000u : low;
+}
+
 inline float bits_to_float(unsigned bits) {
     float x;
     std::memcpy(&x, &bits, 4);

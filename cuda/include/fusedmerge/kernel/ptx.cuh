@@ -191,6 +191,14 @@ FM_DEVICE unsigned narrow_pair(float low, float high, Fp16) {
     return word;
 }
 
+// mark += 0 * word, in both halves: a half that was ever infinite or NaN leaves NaN there.
+FM_DEVICE void mark_non_finite(unsigned& mark, unsigned word, Bf16) {
+    FM_PTX(asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(mark) : "r"(word), "r"(0u)), mark |= sim::non_finite_halves(word, 0x7f80u));
+}
+FM_DEVICE void mark_non_finite(unsigned& mark, unsigned word, Fp16) {
+    FM_PTX(asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(mark) : "r"(word), "r"(0u)), mark |= sim::non_finite_halves(word, 0x7c00u));
+}
+
 FM_DEVICE void widen_pair(float& low, float& high, unsigned word, Bf16) {
     low = bits_to_float(word << 16);
     high = bits_to_float(word & 0xffff0000u);

@@ -38,8 +38,8 @@ FM_DEVICE bool copy_unit(const SwitchSegment& segment, const Unit& unit) {
     int col = unit.col + thread_index() % 32 * 8;
     int num_cols = segment.cols - col;
     unsigned long long policy = evict_first_policy();
-    bool finite = true;
-    if (num_cols <= 0) return finite;
+    Finiteness<Live> finite;
+    if (num_cols <= 0) return true;
     FM_NO_UNROLL
     for (int first = unit.first_row + thread_index() / 32; first < unit.end_row; first += kCopyRows * kRowStep) {
         Octet<Source> octets[kCopyRows];  // all loads go out before the first store
@@ -61,14 +61,14 @@ FM_DEVICE bool copy_unit(const SwitchSegment& segment, const Unit& unit) {
                 widen_octet(values, octets[i], scales[i]);
                 narrow_octet(live, values);
             }
-            finite &= all_finite(live);
+            finite.add(live);
             int row = first + i * kRowStep;
             if (row >= unit.end_row) continue;
             store_octet(static_cast<Live*>(segment.live) + row * segment.live_stride + col, live, num_cols,
                         (segment.flags & kLiveAligned) != 0, policy);
         }
     }
-    return finite;
+    return finite.all();
 }
 
 template <class Live, class Source, class Factor>
@@ -80,7 +80,7 @@ FM_DEVICE bool run_unit(const SelectionMemory& selection, unsigned char* tiles, 
     } else {
         MmaUnit<Live, Source> mma(selection, *reinterpret_cast<MmaMemory*>(tiles), segment, unit);
         mma.run(params.resident_chunks);
-        return mma.finite;
+        return mma.finite.all();
     }
 }
 

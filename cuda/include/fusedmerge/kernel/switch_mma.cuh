@@ -51,7 +51,8 @@ struct MmaUnit {
     const int col, num_cols;              // the lane's first column, and how many remain from there
     int num_slices = 0;                   // in the table
     unsigned char* ring = nullptr;        // kNumStages stages
-    bool finite = true;
+    Finiteness<Live> finite;
+    const bool whole;  // all columns are there, rows aligned, steps full: no octet needs a test
 
     unsigned strip[kChunkSlices][4][2];  // [slice][tile][fragment word]
     float acc[4][4][4];                  // [16 rows][8 columns][fragment]
@@ -76,6 +77,8 @@ struct MmaUnit {
           quad(thread % 4),
           col(u.col + 32 * warp + 8 * quad),
           num_cols(seg.cols - col),
+          whole(u.col + kStripCols <= seg.cols && (seg.flags & kSourceAligned) != 0 && (seg.flags & kLiveAligned) != 0 &&
+                (u.end_row - u.first_row) % kStepRows == 0),
           source_row(u.first_row + group),
           live_row(u.first_row + group),
           source_at(static_cast<const Source*>(seg.source) + source_row * seg.source_stride + col),
@@ -107,7 +110,11 @@ struct MmaUnit {
                 }
                 multiply_chunk(stage, resident ? chunk : 0);
             }
-            finish_rows();
+            if (whole) {
+                finish_rows<true>(row + kStepRows < unit.end_row);
+            } else {
+                finish_rows<false>(true);
+            }
         }
     }
 
@@ -238,36 +245,40 @@ struct MmaUnit {
     // All octets of a step, in the order in which they are used: the lane's rows group, group + 8, ..., group + 56.
     FM_DEVICE void load_source() {
         FM_UNROLL
-        for (int i = 0; i < kOctets; ++i) load_next_octet(source[i], scale[i]);
+        for (int i = 0; i < kOctets; ++i) load_next_octet<false>(source[i], scale[i], true);
     }
 
     // The lane's octet of the next row. The pointers move with it: a table of row addresses would cost 32 registers.
-    FM_DEVICE void load_next_octet(Octet<Source>& octet, float& octet_scale) {
-        if (source_row < unit.end_row && num_cols > 0) {
-            load_octet(octet, source_at, num_cols, (flags & kSourceAligned) != 0, policy);
+    template <bool kWhole>
+    FM_DEVICE void load_next_octet(Octet<Source>& octet, float& octet_scale, bool more) {
+        if (kWhole ? more : source_row < unit.end_row && num_cols > 0) {
+            load_octet(octet, source_at, kWhole ? 8 : num_cols, kWhole || (flags & kSourceAligned) != 0, policy);
             if constexpr (kSame<Source, Fp8E4M3>) octet_scale = scale_at(segment, source_row, col);
         }
         source_row += 8;
         source_at += source_step;
     }
 
-    // The only rounding. Each source octet is reloaded for the next step as soon as it is used.
-    FM_DEVICE void finish_rows() {
+    // The only rounding. Each source octet is reloaded for the next step, if there is one, as soon as it is used.
+    template <bool kWhole>
+    FM_DEVICE void finish_rows(bool more) {
         float coefficient = selection.experts[selection.num_experts - 1].coefficient;
         FM_UNROLL
         for (int i = 0; i < kOctets; ++i) {
             if constexpr (kAhead) {
-                finish_octet(i, coefficient, source[i], scale[i]);
-                load_next_octet(source[i], scale[i]);
+                finish_octet<kWhole>(i, coefficient, source[i], scale[i]);
+                load_next_octet<kWhole>(source[i], scale[i], more);
             } else {
                 Octet<Source> octet{};
                 float octet_scale = 1.0f;
-                load_next_octet(octet, octet_scale);
-                finish_octet(i, coefficient, octet, octet_scale);
+                load_next_octet<kWhole>(octet, octet_scale, true);
+                finish_octet<kWhole>(i, coefficient, octet, octet_scale);
             }
         }
     }
 
+    // Nothing is consumed in a branch: there ptxas would wait for the loads one by one.
+    template <bool kWhole>
     FM_DEVICE void finish_octet(int i, float coefficient, const Octet<Source>& octet, float octet_scale) {
         float values[8];
         widen_octet(values, octet, octet_scale);
@@ -275,10 +286,9 @@ struct MmaUnit {
         for (int c = 0; c < 8; ++c) values[c] = fused_multiply_add(coefficient, acc[i / 2][c / 2][i % 2 * 2 + c % 2], values[c]);
         Octet<Live> narrowed;
         narrow_octet(narrowed, values);
-        bool ok = all_finite(narrowed);
-        if (live_row < unit.end_row && num_cols > 0) {
-            finite &= ok;
-            store_octet(live_at, narrowed, num_cols, (flags & kLiveAligned) != 0, policy);
+        if (kWhole || (live_row < unit.end_row && num_cols > 0)) {
+            finite.add(narrowed);
+            store_octet(live_at, narrowed, kWhole ? 8 : num_cols, kWhole || (flags & kLiveAligned) != 0, policy);
         }
         live_row += 8;
         live_at += live_step;

@@ -47,11 +47,11 @@ FM_DEVICE void multiply_slice(float (&acc)[8][8], const SimtMemory& memory, floa
 }
 
 template <class Live, class Source>
-FM_DEVICE bool finish_values(const SwitchSegment& segment, const Unit& unit, const float (&acc)[8][8], float coefficient, int first_row) {
+FM_DEVICE void finish_values(Finiteness<Live>& finite, const SwitchSegment& segment, const Unit& unit, const float (&acc)[8][8],
+                             float coefficient, int first_row) {
     int col = unit.col + thread_index() % 32 * 8;
     int num_cols = segment.cols - col;
     unsigned long long policy = evict_first_policy();
-    bool finite = true;
     FM_UNROLL
     for (int i = 0; i < 8; ++i) {
         int row = first_row + thread_index() / 32 + 8 * i;
@@ -63,15 +63,17 @@ FM_DEVICE bool finish_values(const SwitchSegment& segment, const Unit& unit, con
         widen_octet(values, source, kSame<Source, Fp8E4M3> ? scale_at(segment, row, col) : 1.0f);
         FM_UNROLL
         for (int c = 0; c < 8; ++c) values[c] = fused_multiply_add(coefficient, acc[i][c], values[c]);
-        finite &= store_values(static_cast<Live*>(segment.live) + row * segment.live_stride + col, values, num_cols,
-                               (segment.flags & kLiveAligned) != 0, policy);
+        Octet<Live> octet;
+        narrow_octet(octet, values);
+        finite.add(octet);
+        store_octet(static_cast<Live*>(segment.live) + row * segment.live_stride + col, octet, num_cols,
+                    (segment.flags & kLiveAligned) != 0, policy);
     }
-    return finite;
 }
 
 template <class Live, class Source>
 FM_DEVICE bool run_simt_unit(const SelectionMemory& selection, SimtMemory& memory, const SwitchSegment& segment, const Unit& unit) {
-    bool finite = true;
+    Finiteness<Live> finite;
     FM_NO_UNROLL
     for (int row = unit.first_row; row < unit.end_row; row += kStepRows) {
         float acc[8][8] = {};
@@ -83,9 +85,9 @@ FM_DEVICE bool run_simt_unit(const SelectionMemory& selection, SimtMemory& memor
             block_barrier();  // this slice is visible
             multiply_slice(acc, memory, slice.ratio);
         }
-        finite &= finish_values<Live, Source>(segment, unit, acc, selection.experts[selection.num_experts - 1].coefficient, row);
+        finish_values<Live, Source>(finite, segment, unit, acc, selection.experts[selection.num_experts - 1].coefficient, row);
     }
-    return finite;
+    return finite.all();
 }
 
 }  // namespace fusedmerge

@@ -184,17 +184,27 @@ FM_DEVICE void narrow_octet(Octet<T>& octet, const float (&values)[8]) {
     }
 }
 
+// Whether all values of the octets that it was shown are finite.
 template <class T>
-FM_DEVICE bool all_finite(const Octet<T>& octet) {
-    constexpr unsigned kExponent = kSame<T, float> ? 0x7f800000u : kSame<T, Bf16> ? 0x7f80u : 0x7c00u;
-    bool finite = true;
-    FM_UNROLL
-    for (int i = 0; i < octet.kWords; ++i) {
-        finite &= (octet.words[i] & kExponent) != kExponent;
-        if constexpr (!kSame<T, float>) finite &= (octet.words[i] >> 16 & kExponent) != kExponent;
+struct Finiteness {
+    unsigned mark = 0;  // 0 times each value, added up: NaN where one was not finite
+
+    FM_DEVICE void add(const Octet<T>& octet) {
+        FM_UNROLL
+        for (int i = 0; i < octet.kWords; ++i) {
+            if constexpr (kSame<T, float>) {
+                mark = float_to_bits(fused_multiply_add(bits_to_float(octet.words[i]), 0.0f, bits_to_float(mark)));
+            } else {
+                mark_non_finite(mark, octet.words[i], T{});
+            }
+        }
     }
-    return finite;
-}
+
+    FM_DEVICE bool all() const {
+        constexpr unsigned kExponent = kSame<T, float> ? 0x7f800000u : kSame<T, Bf16> ? 0x7f80u : 0x7c00u;
+        return (mark & kExponent) != kExponent && (kSame<T, float> || (mark >> 16 & kExponent) != kExponent);
+    }
+};
 
 // The scale of an fp8 source at an element; a lane's octet never crosses a scale block (8 divides 128).
 FM_DEVICE float scale_at(const SwitchSegment& segment, int row, int col) {
@@ -202,13 +212,12 @@ FM_DEVICE float scale_at(const SwitchSegment& segment, int row, int col) {
     return segment.source_scale[(row >> segment.scale_row_shift) * segment.scale_stride + (col >> segment.scale_col_shift)];
 }
 
-// Rounds and stores eight values of one row; says whether every one is finite.
+// Rounds and stores eight values of one row.
 template <class Live>
-FM_DEVICE bool store_values(Live* to, const float (&values)[8], int num_cols, bool aligned, unsigned long long policy) {
+FM_DEVICE void store_values(Live* to, const float (&values)[8], int num_cols, bool aligned, unsigned long long policy) {
     Octet<Live> octet;
     narrow_octet(octet, values);
     store_octet(to, octet, num_cols, aligned, policy);
-    return all_finite(octet);
 }
 
 }  // namespace fusedmerge
