@@ -40,7 +40,7 @@ bool plan_switch(const PlanRequest& request, SwitchSegment* segments, PlanResult
 
 // Shared memory of a block; equal to the kernels' own constants, which static_asserts check where both are compiled.
 constexpr int kMmaSharedBytes = 91520;
-constexpr int kMmaResidentExtraBytes = 139264;  // for two resident chunks
+constexpr int kMmaResidentExtraBytes = 135168;  // for two resident chunks
 constexpr int kSimtSharedBytes = 24576;
 int least_shared_bytes(Number factor);
 

@@ -138,9 +138,21 @@ Action integral(const std::vector<std::string>& parts) {
     return nullptr;
 }
 
+// An e4m3 value as fp16, exactly.
+uint32_t half_of_fp8(uint32_t bits) {
+    uint32_t sign = (bits & 0x80u) << 8, rest = bits & 0x7fu;
+    if (rest == 0x7fu) return 0x7fffu;
+    float value = rest < 8 ? static_cast<float>(rest) * 0x1p-9f
+                           : std::ldexp(1.0f + static_cast<float>(rest & 7u) / 8.0f, static_cast<int>(rest >> 3) - 7);
+    return sign | sim::float_to_fp16(value);
+}
+
 Action convert(const std::vector<std::string>& parts) {
     const std::string &to = parts[parts.size() - 2], &from = parts.back();
     bool nearest = parts[1] == "rn";
+    if (to == "f16x2" && from == "e4m3x2") {
+        return unary<uint32_t, uint16_t>([](uint16_t x) { return half_of_fp8(x & 255u) | half_of_fp8(x >> 8) << 16; });
+    }
     if (to == "bf16x2" || to == "f16x2") {  // the first source becomes the high half
         auto narrow = to == "bf16x2" ? sim::float_to_bf16 : sim::float_to_fp16;
         if (!nearest || from != "f32") return nullptr;

@@ -18,6 +18,11 @@
 #else
 #define FM_PTX_90(device, host)
 #endif
+#if __CUDA_ARCH__ >= 890
+#define FM_PTX_89(device, otherwise) device
+#else
+#define FM_PTX_89(device, otherwise) otherwise
+#endif
 #define FM_GRID_CONSTANT __grid_constant__
 
 namespace fusedmerge {
@@ -57,6 +62,7 @@ FM_DEVICE unsigned float_to_bits(float x) { return __float_as_uint(x); }
 #define FM_UNROLL_4
 #define FM_PTX(device, host) host
 #define FM_PTX_90(device, host) host
+#define FM_PTX_89(device, otherwise) otherwise
 #define FM_GRID_CONSTANT
 
 namespace fusedmerge {

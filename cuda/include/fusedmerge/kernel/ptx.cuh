@@ -208,12 +208,20 @@ FM_DEVICE void widen_pair(float& low, float& high, unsigned word, Fp16) {
            (low = sim::fp16_to_float(static_cast<unsigned short>(word)), high = sim::fp16_to_float(static_cast<unsigned short>(word >> 16))));
 }
 
-// e4m3 without the sm_89 instruction: its exponent and fraction, read as float32's, are too small by 2^120 (exact, subnormals included).
+// e4m3 without sm_89's instruction: its exponent and fraction, read as float32's, are too small by 2^120 (exact, subnormals included).
 FM_DEVICE float widen_fp8(unsigned bits) {
     unsigned rest = bits & 0x7fu;
     float value = multiply(bits_to_float(rest << 20), bits_to_float((127u + 120u) << 23));
     unsigned pattern = rest == 0x7fu ? 0x7fffffffu : float_to_bits(value);
     return bits_to_float(pattern | (bits & 0x80u) << 24);
+}
+
+// The low two of four.
+FM_DEVICE void widen_pair(float& low, float& high, unsigned word, Fp8E4M3) {
+    FM_PTX_89(asm("{.reg .b32 both; .reg .b16 x, y; cvt.rn.f16x2.e4m3x2 both, %2; mov.b32 {x, y}, both; cvt.f32.f16 %0, x; cvt.f32.f16 %1, y;}"
+                  : "=f"(low), "=f"(high)
+                  : "h"(static_cast<unsigned short>(word))),
+              (low = widen_fp8(word & 0xffu), high = widen_fp8(word >> 8 & 0xffu)));
 }
 
 // clang-format on

@@ -22,7 +22,7 @@
 namespace fusedmerge {
 
 constexpr int kChunkSlices = kChunkDepth / kRankStep;
-constexpr int kStripPitch = 2 * kStripCols + 32;                // bytes; rows 2t and 2t+2 fall on different halves of the banks
+constexpr int kStripPitch = 2 * kStripCols + 16;                // bytes; rows 2t fall on different quarters of the banks
 constexpr int kStagePitch = 2 * kChunkSlices * kRankStep + 16;  // bytes; eight rows of an ldmatrix fall on all banks
 constexpr int kStripBytes = kChunkSlices * kRankStep * kStripPitch;
 constexpr int kStageBytes = kStepRows * kStagePitch;
@@ -30,6 +30,8 @@ constexpr int kNumStages = 5;
 static_assert(kStripBytes <= (kNumStages - 1) * kStageBytes, "the strip is staged in the ring, beside its last stage");
 
 constexpr int kMaxResidentChunks = 2;
+constexpr int kStepShift = 6;
+static_assert(kStepRows == 1 << kStepShift, "units begin at multiples of a step");
 
 struct MmaMemory {  // shared memory
     Slice slices[kMaxResidentChunks * kChunkSlices];
@@ -57,7 +59,9 @@ struct MmaUnit {
     unsigned strip[kChunkSlices][4][2];  // [slice][tile][fragment word]
     float acc[4][4][4];                  // [16 rows][8 columns][fragment]
     Octet<Source> source[kOctets];       // [8 rows]
-    float scale[kOctets];
+    float scale[kOctets];                // of fp8 rows, where each has its own
+    float step_scale = 1.0f;             // else: a step never crosses a scale block
+    const bool row_scales;
 
     int source_row, live_row;  // the next rows to load and to store
     const Source* source_at;   // the lane's octet in source_row
@@ -79,6 +83,7 @@ struct MmaUnit {
           num_cols(seg.cols - col),
           whole(u.col + kStripCols <= seg.cols && (seg.flags & kSourceAligned) != 0 && (seg.flags & kLiveAligned) != 0 &&
                 (u.end_row - u.first_row) % kStepRows == 0),
+          row_scales(kSame<Source, Fp8E4M3> && seg.scale_row_shift < kStepShift),
           source_row(u.first_row + group),
           live_row(u.first_row + group),
           source_at(static_cast<const Source*>(seg.source) + source_row * seg.source_stride + col),
@@ -98,6 +103,9 @@ struct MmaUnit {
         FM_NO_UNROLL
         for (int row = unit.first_row; row < unit.end_row; row += kStepRows) {
             clear();
+            if constexpr (kSame<Source, Fp8E4M3>) {
+                if (!row_scales && num_cols > 0) step_scale = scale_at(segment, row, col);
+            }
             FM_NO_UNROLL
             for (int chunk = 0; chunk < num_chunks; ++chunk) {
                 const bool first = row == unit.first_row && chunk == 0;
@@ -253,7 +261,9 @@ struct MmaUnit {
     FM_DEVICE void load_next_octet(Octet<Source>& octet, float& octet_scale, bool more) {
         if (kWhole ? more : source_row < unit.end_row && num_cols > 0) {
             load_octet(octet, source_at, kWhole ? 8 : num_cols, kWhole || (flags & kSourceAligned) != 0, policy);
-            if constexpr (kSame<Source, Fp8E4M3>) octet_scale = scale_at(segment, source_row, col);
+            if constexpr (kSame<Source, Fp8E4M3>) {
+                if (row_scales) octet_scale = scale_at(segment, source_row, col);
+            }
         }
         source_row += 8;
         source_at += source_step;
@@ -281,7 +291,7 @@ struct MmaUnit {
     template <bool kWhole>
     FM_DEVICE void finish_octet(int i, float coefficient, const Octet<Source>& octet, float octet_scale) {
         float values[8];
-        widen_octet(values, octet, octet_scale);
+        widen_octet(values, octet, row_scales ? octet_scale : step_scale);
         FM_UNROLL
         for (int c = 0; c < 8; ++c) values[c] = fused_multiply_add(coefficient, acc[i / 2][c / 2][i % 2 * 2 + c % 2], values[c]);
         Octet<Live> narrowed;

@@ -165,7 +165,9 @@ FM_DEVICE void widen_octet(float (&values)[8], const Octet<T>& octet, float scal
             values[i] = bits_to_float(octet.words[i]);
         } else if constexpr (kSame<T, Fp8E4M3>) {
             FM_UNROLL
-            for (int j = 0; j < 4; ++j) values[4 * i + j] = multiply(scale, widen_fp8(octet.words[i] >> (8 * j) & 0xffu));
+            for (int j = 0; j < 4; j += 2) widen_pair(values[4 * i + j], values[4 * i + j + 1], octet.words[i] >> (8 * j), T{});
+            FM_UNROLL
+            for (int j = 0; j < 4; ++j) values[4 * i + j] = multiply(scale, values[4 * i + j]);
         } else {
             widen_pair(values[2 * i], values[2 * i + 1], octet.words[i], T{});
         }
