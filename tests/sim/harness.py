@@ -146,13 +146,22 @@ def make_target(
     return Target(
         live=aligned_empty((rows, cols), live, stride, shift),
         base=base,
-        a=np.ascontiguousarray(encode(a, factor)),
-        b=np.ascontiguousarray(encode(b, factor)),
+        a=_aligned(encode(a, factor)),
+        b=_aligned(encode(b, factor)),
         scaling=rng.uniform(0.5, 2.0, adapters).astype(np.float32),
         ranks=actual,
         scale=scale,
         shifts=shifts,
     )
+
+
+def _aligned(values: np.ndarray) -> np.ndarray:
+    """As GPU allocations are."""
+    raw = np.empty(values.nbytes + 128, np.uint8)
+    start = -raw.ctypes.data % 128
+    copied = raw[start : start + values.nbytes].view(values.dtype).reshape(values.shape)
+    copied[:] = values
+    return copied
 
 
 def spread(scale: np.ndarray, rows: int, cols: int, shifts: tuple[int, int]) -> np.ndarray:

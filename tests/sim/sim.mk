@@ -1,12 +1,13 @@
 #   make sim          build/sim/libfusedmerge_sim.so, the kernels on the host; needs only $(PYTHON) and a C++ compiler
 #   make sim-sanitize run the simulator's suite under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make sim-ptx      run the suite on the PTX that nvcc makes of the kernels for each architecture
+#   make sim-traffic  count what kernels ask of memory: docs/kernels/traffic.md
 #   make sim-mutants  remove each barrier and wait in turn; every mutant must be caught
 SIM_SANITIZERS = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libstdc++.so.6)
 
 SIM_SUITES := tests/test_sim_switch.py tests/test_sim_plan.py tests/test_sim_linear.py tests/test_linear.py tests/test_sim_sgmv.py tests/test_sgmv.py
 
-.PHONY: sim sim-sanitize sim-ptx sim-mutants
+.PHONY: sim sim-sanitize sim-ptx sim-traffic sim-mutants
 
 sim:
 	$(PYTHON) tests/sim/build.py
@@ -20,3 +21,6 @@ sim-ptx: $(STAMP)
 
 sim-mutants: $(STAMP)
 	$(PY) tests/sim/mutants.py
+
+sim-traffic: $(STAMP)
+	$(PY) tests/sim/traffic.py --markdown docs/kernels/traffic.md

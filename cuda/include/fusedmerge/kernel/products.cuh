@@ -19,12 +19,16 @@ constexpr int kStepCols = kWarps * kChunkCols;  // columns of a block's step
 // The sums of a block's warps, in shared memory.
 template <int kTokenTiles>
 struct Partials {
-    float sums[kWarps][kMmaRows][8 * kTokenTiles];
+    alignas(16) float sums[kWarps][kMmaRows][8 * kTokenTiles];
+
+    // Where a row has a token: with two tiles, every other pair of rows has them the other way round, so that a warp's stores meet no bank
+    // twice.
+    FM_DEVICE static int place(int row, int token) { return kTokenTiles == 1 ? token : token ^ (row << 2 & 8); }
 
     FM_DEVICE float total(int row, int token) const {
         float all[8];
         FM_UNROLL
-        for (int w = 0; w < kWarps; ++w) all[w] = sums[w][row][token];
+        for (int w = 0; w < kWarps; ++w) all[w] = sums[w][row][place(row, token)];
         return sum_eight(all);
     }
 };
@@ -56,9 +60,12 @@ struct Products {
         int lane = thread_index() % kWarpLanes;
         block_barrier();  // the last tile's have been used
         FM_UNROLL
-        for (int i = 0; i < 4 * kTokenTiles; ++i) {
-            float& sum = partials.sums[thread_index() / kWarpLanes][lane / 4 + i / 2 % 2 * 8][i / 4 * 8 + lane % 4 * 2 + i % 2];
-            sum = add(acc[0][i / 4][i % 4], acc[1][i / 4][i % 4]);
+        for (int i = 0; i < 2 * kTokenTiles; ++i) {
+            const int row = lane / 4 + i % 2 * 8;
+            float* pair = &partials.sums[thread_index() / kWarpLanes][row][partials.place(row, i / 2 * 8 + lane % 4 * 2)];
+            const float (&x)[4] = acc[0][i / 2];
+            const float (&y)[4] = acc[1][i / 2];
+            *reinterpret_cast<Floats2*>(pair) = {add(x[i % 2 * 2], y[i % 2 * 2]), add(x[i % 2 * 2 + 1], y[i % 2 * 2 + 1])};
         }
         block_barrier();  // all warps' are visible
     }

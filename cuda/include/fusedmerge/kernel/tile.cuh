@@ -12,6 +12,9 @@ namespace fusedmerge {
 struct alignas(16) Words4 {
     unsigned words[4];
 };
+struct alignas(8) Floats2 {
+    float values[2];
+};
 struct alignas(16) Floats4 {
     float values[4];
 };
