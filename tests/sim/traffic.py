@@ -32,7 +32,7 @@ from perf import model
 from perf.model import Cost
 from tests import linear_kit
 
-ISSUE_SLOTS = 132 * 4 * 1.75e9  # an H200's warp instructions in a second; its clock under load is assumed
+CLOCKS = 132 * 1.75e9  # of an H200's multiprocessors in a second, under load (assumed): four instructions and one wavefront each
 BANDWIDTH = 4.8e12  # and its bytes, by the data sheet
 ARCHITECTURE = "compute_90"
 
@@ -171,12 +171,13 @@ def markdown(rows: list[Row]) -> str:
         "- through L2: sectors asked for by each warp's access, over the same bytes: what L2 and L1 serve.",
         "- issue: warp instructions (of the PTX; the machine code has about as many) over an H200's issue slots (132 x 4 a clock, 1.75 GHz",
         "  assumed), in the time that 4.8 TB/s take for the bytes. Near 1 and beyond, instructions are the limit and not memory.",
-        "- conflicts: shared-memory wavefronts beyond one for each access's 128 bytes.",
+        "- shared: shared-memory wavefronts over the clocks of that time, one a clock. conflicts: those of them beyond one for each access's",
+        "  128 bytes.",
         "",
         "bf16, k = 2 of 8 experts; switch 2048 x 1024; linears 2112 x 4096; SGMV 1024 x 1024.",
         "",
-        "| kernel | case | must, MB | moved | through L2 | instructions a KB | issue | conflicts |",
-        "|---|---|---|---|---|---|---|---|",
+        "| kernel | case | must, MB | moved | through L2 | instructions a KB | issue | shared | conflicts |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     return "\n".join([*lines, *map(line, rows)]) + "\n"
 
@@ -186,10 +187,12 @@ def line(row: Row) -> str:
     found = row.traffic
     moved, asked = 32 * (found.touched_read + found.touched_written), 32 * (found.read_sectors + found.written_sectors)
     must = row.must.bytes if row.must else moved
-    issue = found.instructions / ISSUE_SLOTS / (must / BANDWIDTH)
+    clocks = CLOCKS * must / BANDWIDTH
+    issue, shared = found.instructions / (4 * clocks), (found.shared + found.conflicts) / clocks
     first = f"{must / 1e6:.2f} | {moved / must:.3f}" if row.must else f"({moved / 1e6:.2f}) | "
-    rest = f"{asked / must:.2f} | {1024 * found.instructions / must:.0f} | {issue:.2f} | {found.conflicts / max(found.shared, 1):.0%}"
-    return f"| {row.name} | {row.case} | {first} | {rest} |"
+    conflicts = f"{found.conflicts / max(found.shared, 1):.0%}"
+    cells = (row.name, row.case, first, f"{asked / must:.2f}", f"{1024 * found.instructions / must:.0f}", f"{issue:.2f}", f"{shared:.2f}")
+    return f"| {' | '.join((*cells, conflicts))} |"
 
 
 def main() -> int:

@@ -11,8 +11,8 @@
 //   step s       | wait B(s) | barrier | fetch B(s+4) | mma from B(s) | fma, round, store live(s), reload source(s+1) octet by octet |
 //
 // K > 128 is several chunks of 128. Where shared memory holds the strips of all of them (two on devices with 227 KB: in place, r = 64,
-// top-2), they stay for the whole unit and are read into the register strip chunk by chunk; else strip and rows are fetched for every step
-// and chunk: right, but bound by L2 (docs/kernels/switch.md).
+// top-2), they stay for the whole unit, as fragments from the first step on, and are read into the register strip chunk by chunk; else
+// strip and rows are fetched for every step and chunk: right, but bound by L2 (docs/kernels/switch.md).
 #pragma once
 
 #include "scheduler.cuh"
@@ -28,6 +28,8 @@ constexpr int kStripBytes = kChunkSlices * kRankStep * kStripPitch;
 constexpr int kStageBytes = kStepRows * kStagePitch;
 constexpr int kNumStages = 5;
 static_assert(kStripBytes <= (kNumStages - 1) * kStageBytes, "the strip is staged in the ring, beside its last stage");
+
+static_assert(kChunkSlices * kRankStep * 2 * kStripCols <= kStripBytes, "a strip in fragments takes its place");
 
 constexpr int kMaxResidentChunks = 2;
 constexpr int kStepShift = 6;
@@ -110,11 +112,14 @@ struct MmaUnit {
             for (int chunk = 0; chunk < num_chunks; ++chunk) {
                 const bool first = row == unit.first_row && chunk == 0;
                 if (!resident || first) fetch_chunks(chunk, resident ? num_chunks : 1, resident ? unit.end_row : row);
-                if (!resident || first || num_chunks > 1) read_strip(resident ? chunk : 0);
+                const bool again = resident && row != unit.first_row;
+                if (!again) read_strip(resident ? chunk : 0);
+                if (again && num_chunks > 1) move_strip<false>(chunk);
                 if (resident) {
                     if (first) fill_ring(num_chunks);
                     stage = stage == kNumStages - 1 ? 0 : stage + 1;
                     advance_ring(stage, row, chunk, num_chunks);
+                    if (!again && num_chunks > 1) move_strip<true>(chunk);  // all warps have read it
                 }
                 multiply_chunk(stage, resident ? chunk : 0);
             }
@@ -219,6 +224,25 @@ struct MmaUnit {
                 FM_UNROLL
                 for (int j = 0; j < 4; ++j) strip[s][j][half] = pair_halves(even.words[j], odd.words[j], group % 2 != 0);
             }
+        }
+    }
+
+    // One of several resident strips as this lane holds it in registers: kept in the strip's place, and taken from there.
+    template <bool kKeep>
+    FM_DEVICE void move_strip(int chunk) {
+        Words4* place = reinterpret_cast<Words4*>(memory.tiles + chunk * kStripBytes) + thread;
+        const int count = slices_of(chunk);
+        FM_UNROLL
+        for (int i = 0; i < 2 * kChunkSlices; ++i) {
+            if (i / 2 >= count) break;
+            Words4 words;
+            if constexpr (!kKeep) words = place[i * kThreads];
+            FM_UNROLL
+            for (int j = 0; j < 4; ++j) {
+                unsigned& word = strip[i / 2][j][i % 2];
+                (kKeep ? words.words[j] : word) = kKeep ? word : words.words[j];
+            }
+            if constexpr (kKeep) place[i * kThreads] = words;
         }
     }
 
