@@ -13,7 +13,7 @@ from perf.backbones import LLAMA_2_7B
 
 __all__ = ["MULTIPROCESSORS", "Launch", "launches"]
 
-MULTIPROCESSORS, TOKENS, ADAPTERS, SLOTS, RANK = 132, 4096, 8, 2, 64
+MULTIPROCESSORS, TOKENS, ADAPTERS, SLOTS, RANK, FEW_RANKS = 132, 4096, 8, 2, 64, 16
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class Recorder(Launcher):
 
 
 def launches(shared_bytes_limit: int) -> list[Launch]:
-    """Every kernel once: a layer of Llama-2-7B, top-2 of 8 adapters of rank 64, bf16; 1, 16 and 4096 tokens."""
+    """Every kernel once: a layer of Llama-2-7B, top-2 of 8 adapters of rank 64, bf16; 1, 16 and 4096 tokens; for the latter
+    rank 16, too."""
     import torch
 
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -59,10 +60,14 @@ def launches(shared_bytes_limit: int) -> list[Launch]:
         linear.decode_group(note, empty(count, hidden), [linear.Target(weight, a, b)] * 3, known)
     many = empty(TOKENS, SLOTS, dtype=torch.int32), empty(TOKENS, SLOTS, dtype=torch.float32)
     x = empty(TOKENS, hidden)
-    sgmv.add_to_targets(note, x, [sgmv.Target(empty(TOKENS, hidden), a, b)], sgmv.group_tokens(note, *many, ADAPTERS))
+    groups = sgmv.group_tokens(note, *many, ADAPTERS)
+    for rank in (RANK, FEW_RANKS):
+        target = sgmv.Target(empty(TOKENS, hidden), empty(ADAPTERS, rank, hidden), empty(ADAPTERS, hidden, rank))
+        sgmv.add_to_targets(note, x, [target], groups)
+    once = {launch.name: launch for launch in note.launches}
     bf16, fp8, wide = (params.BF16,) * 3, (params.BF16, params.FP8, params.BF16), (params.BF16, params.BF16, params.FLOAT32)
     ways = {"exact": (bf16, False), "in place": (bf16, True), "fp8 base": (fp8, False), "float32 factors": (wide, False)}
-    return [*(_switch(f"switch, {way}", *how, shared_bytes_limit) for way, how in ways.items()), *note.launches]
+    return [*(_switch(f"switch, {way}", *how, shared_bytes_limit) for way, how in ways.items()), *once.values()]
 
 
 def _switch(name: str, numbers: tuple[int, int, int], inplace: bool, shared_bytes_limit: int) -> Launch:

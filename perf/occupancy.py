@@ -38,7 +38,7 @@ follows from it: [tuning](../tuning.md).
 
 - Architectures: registers of a thread, shared memory of a block; the blocks that a multiprocessor holds at once, and what allows no more.
 - asked: blocks that the grid has for each of 132 multiprocessors. Llama-2-7B, bf16, top-2 of 8 adapters, r = 64; 1, 16 (`_16`) and 4096
-  tokens (`group`, `sgmv`); a layer for the switch.
+  tokens (`group`, `sgmv`: r = 16, 64 by name); a layer for the switch.
 - loads a lane: under way at once, by the constants of the kernel's header and by the scoreboards of its sm_90a machine code (the fewer
   count; one number: `cp.async`, or B and A read by several warps). KB in flight: of a multiprocessor.
 - H200 and H100: these bytes, with what is stored for them, over the assumed latency under load, as a share of the data sheet's bandwidth
@@ -116,9 +116,9 @@ def constants(headers: Path = cubin.INCLUDE / "fusedmerge/kernel", **given: int)
 
 def streams(name: str, headers: Path = cubin.INCLUDE / "fusedmerge/kernel") -> list[Stream]:
     """What this kernel streams; nothing where it is not made for bandwidth."""
-    c = constants(headers, kTokenTiles=2 if name.endswith("_16") else 1)
+    c = constants(headers, kTokenTiles=2 if name.endswith("_16") else 1, kRanks=16 if name.endswith("_16") else 64)
     rows = 2  # of a lane, in a step of the prologue: g and g + 8
-    a, x = 2 * c["kTiles"], c["kHalves"]  # octets of a lane in a step of the shrink; two steps are under way
+    a, x = c["kShrinkSteps"] * 2 * c["kTiles"], c["kShrinkSteps"] * c["kHalves"]  # octets of a lane in the shrink's steps under way
     return {
         "switch, exact": [Stream("base", c["kOctets"], OCTET, 2, r"LDG\.E\.NA\.128")],
         "switch, in place": [Stream("live", c["kOctets"], OCTET, 2, r"LDG\.E\.NA\.128")],
@@ -127,12 +127,12 @@ def streams(name: str, headers: Path = cubin.INCLUDE / "fusedmerge/kernel") -> l
         "prologue_bf16_16": [Stream("A", rows * c["kUnitSteps"], OCTET)],
         "gemv_bf16_8": [Stream("W", c["kRowOctets"] * (c["kStages"] - 1), OCTET)],
         "gemv_bf16_16": [Stream("W", c["kRowOctets"] * (c["kStages"] - 1), OCTET)],
-        "sgmv_shrink_bf16": [
-            Stream("A, x", 2 * (a + x), OCTET, 1, r"LDG\.E\.128"),
-            Stream("x, A once", 2 * a // c["kWarps"] + 2 * x, OCTET),  # a block's warps share an expert: A comes from L1 but for the first
+        "sgmv_shrink": [
+            Stream("A, x", a + x, OCTET, 1, r"LDG\.E\.128"),
+            Stream("x, A once", a // c["kWarps"] + x, OCTET),  # a block's warps share an expert: A comes from L1 but for the first
         ],
-        "sgmv_expand_bf16": [Stream("B", 4 * c["kBlocks"], OCTET), Stream("y", None, OCTET, 2, r"LDG\.E\.NA\.128")],
-    }.get(name, [])
+        "sgmv_expand": [Stream("B", 4 * c["kBlocks"], OCTET // 2), Stream("y", None, OCTET, 2, r"LDG\.E\.NA\.128")],
+    }.get(re.sub(r"_bf16_\d+$", "", name) if name.startswith("sgmv") else name, [])
 
 
 # ---------------------------------------------------------------------- the sheet

@@ -115,7 +115,7 @@ def test_every_kernel_is_in_the_sheet():
     names = [launch.name for launch in noted(227)]
     files = "".join((ROOT / f"cuda/src/{file}").read_text() for file in ("kernels_linear.cu", "kernels_sgmv.cu"))
     stated = {name for name in re.findall(r'named_kernel<.*>\("(\w+)"', files) if "fp16" not in name}
-    assert len(stated) == 12 and stated == {name for name in names if not name.startswith("switch")}
+    assert len(stated) == 14 and stated == {name for name in names if not name.startswith("switch")}
     assert len(set(names)) == len(names)
 
 
@@ -123,7 +123,7 @@ def test_shared_memory_and_grids_are_the_launcher_s():
     large, small = ({launch.name: launch for launch in noted(limit)} for limit in (227, 99))
     assert (large["switch, in place"].shared, small["switch, in place"].shared) == (91_520 + 135_168, 91_520)  # two chunks of ranks, or one
     assert (large["gemv_bf16_8"].shared, large["gemv_bf16_8"].asked, small["gemv_bf16_8"].asked) == (95_040, 2, 1)
-    assert (large["sgmv_expand_bf16"].shared, small["sgmv_expand_bf16"].shared) == (96 << 10, 48 << 10)  # tokens of a tile, 1 KB each
+    assert (large["sgmv_expand_bf16_64"].shared, small["sgmv_expand_bf16_16"].shared) == (96 << 10, 48 << 10)  # tokens of a tile, 1 KB each
     assert large["prologue_bf16_8"].asked == large["switch, exact"].asked == 1
 
 
@@ -141,8 +141,10 @@ FLIGHT = {
     "prologue_bf16_16": [16 * 2048 * 2],
     "gemv_bf16_8": [3 * 32 * 256 * 2],  # three steps of W
     "gemv_bf16_16": [2 * 32 * 256 * 2],
-    "sgmv_shrink_bf16": [8 * 2 * (64 + 16) * 32 * 2, 2 * (64 + 8 * 16) * 32 * 2],  # two steps of eight warps; with A shared
-    "sgmv_expand_bf16": [64 * 256 * 2],  # a factor's 64 ranks; rows of y by the machine code
+    "sgmv_shrink_bf16_16": [8 * 3 * (16 + 16) * 32 * 2, 3 * 8 * 16 * 32 * 2],  # three steps of eight warps; with A shared: x alone
+    "sgmv_shrink_bf16_64": [8 * 2 * (64 + 16) * 32 * 2, 2 * (64 + 8 * 16) * 32 * 2],  # two
+    "sgmv_expand_bf16_16": [16 * 256 * 2],  # a factor's ranks; rows of y by the machine code
+    "sgmv_expand_bf16_64": [64 * 256 * 2],
     "group_scan": [],
 }
 
@@ -158,8 +160,15 @@ def test_bytes_in_flight_by_hand():
         ("gemv.cuh", "kTokenTiles == 1 ? 4 : 3", "kTokenTiles == 1 ? 3 : 3", "gemv_bf16_8", [2 * 16384]),
         ("linear_params.cuh", "kSplitCols = 2048", "kSplitCols = 1024", "prologue_bf16_8", [32 << 10]),
         ("params.cuh", "kStepRows = 64", "kStepRows = 32", "switch, exact", [16 << 10]),
-        ("sgmv_params.cuh", "kShrinkRanks = 64", "kShrinkRanks = 32", "sgmv_shrink_bf16", [8 * 2 * 48 * 64, 2 * 160 * 64]),
-        ("sgmv_params.cuh", "kExpandRanks = 64", "kExpandRanks = 32", "sgmv_expand_bf16", [16 << 10]),
+        (
+            "sgmv_shrink.cuh",
+            "kRanks == kFewRanks ? 3 : 2",
+            "kRanks == kFewRanks ? 4 : 2",
+            "sgmv_shrink_bf16_16",
+            [8 * 4 * 32 * 64, 9 << 12],
+        ),
+        ("sgmv_params.cuh", "kShrinkPairs = 16", "kShrinkPairs = 8", "sgmv_shrink_bf16_64", [8 * 2 * 72 * 64, 2 * (64 + 64) * 64]),
+        ("sgmv_expand.cuh", "kBlocks = kRanks / 16", "kBlocks = kRanks / 32", "sgmv_expand_bf16_64", [16 << 10]),
     ],
 )
 def test_a_header_s_constant_reaches_the_sheet(tmp_path, header, old, new, name, expected):

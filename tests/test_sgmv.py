@@ -62,14 +62,19 @@ def test_kernels_are_named_as_the_library_names_them(rng, monkeypatch, sim_libra
     monkeypatch.setenv("FUSEDMERGE_SIM_LIB", sim_library)
     with pytest.raises(Exception, match=r"no such kernel: sgmv_none"):
         sgmv.launcher("sim", torch.device("cpu")).launch(sgmv._kernel("sgmv_none"), sgmv_params.SgmvParams(), 1, 0)
-    with pytest.raises(Exception, match=r"params of another size: sgmv_sum"):
-        sgmv.launcher("sim", torch.device("cpu")).launch(sgmv._kernel("sgmv_sum"), sgmv_params.GroupParams(), 1, 0)
+    with pytest.raises(Exception, match=r"params of another size: sgmv_sum_fp16"):
+        sgmv.launcher("sim", torch.device("cpu")).launch(sgmv._kernel("sgmv_sum", torch.float16), sgmv_params.GroupParams(), 1, 0)
 
 
 def test_the_headers_constants_are_the_mirrors():
     text = (compiler.header_root() / "fusedmerge/kernel/sgmv_params.cuh").read_text()
-    stated = {"kShrinkPairs": sgmv_params.SHRINK_PAIRS, "kShrinkRanks": sgmv_params.SHRINK_RANKS, "kPartCols": sgmv_params.PART_COLS}
-    stated |= {"kExpandCols": sgmv_params.EXPAND_COLS, "kSgmvTargets": sgmv_params.MAX_TARGETS}
+    stated = {"kShrinkPairs": sgmv_params.SHRINK_PAIRS, "kPartCols": sgmv_params.PART_COLS}
+    stated |= {
+        "kExpandCols": sgmv_params.EXPAND_COLS,
+        "kFewRanks": sgmv_params.FEW_RANKS,
+        "kManyRanks": sgmv_params.MANY_RANKS,
+        "kSgmvTargets": sgmv_params.MAX_TARGETS,
+    }
     for constant, value in stated.items():
         assert f"constexpr int {constant} = {value};" in text
     assert sgmv_params.GROUP_TOKENS == params.THREADS and "kGroupTokens = kThreads;" in text
@@ -81,7 +86,7 @@ def test_the_headers_constants_are_the_mirrors():
 def test_kernels_compile_just_in_time(tmp_path, monkeypatch):
     pytest.importorskip("cupy")
     monkeypatch.setenv("FUSEDMERGE_CACHE_DIR", str(tmp_path))
-    named = (("group_scatter", None), ("sgmv_shrink", torch.bfloat16), ("sgmv_expand", torch.float16))
+    named = (("group_scatter", None), ("sgmv_shrink", torch.bfloat16, 16), ("sgmv_expand", torch.float16, 64))
     for kernel in (sgmv._kernel(*name) for name in named):
         assert compiler.compiled(kernel, (9, 0)).read_bytes()[:4] == b"\x7fELF"
 

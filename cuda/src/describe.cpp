@@ -71,8 +71,7 @@ std::string describe_structs() {
     FM_FIELD(PlanResult, resident_chunks);
     FM_FIELD(PlanResult, error);
     FM_FIELD(Groups, totals);
-    FM_FIELD(Groups, pair_tokens);
-    FM_FIELD(Groups, pair_gates);
+    FM_FIELD(Groups, pairs);
     FM_FIELD(Groups, shrink_groups);
     FM_FIELD(Groups, tile_tokens);
     FM_FIELD(Groups, tile_pairs);
@@ -96,7 +95,9 @@ std::string describe_structs() {
     FM_FIELD(SgmvTarget, b);
     FM_FIELD(SgmvTarget, scaling);
     FM_FIELD(SgmvTarget, ranks);
+    FM_FIELD(SgmvTarget, parts);
     FM_FIELD(SgmvTarget, z);
+    FM_FIELD(SgmvTarget, inverses);
     FM_FIELD(SgmvTarget, y_stride);
     FM_FIELD(SgmvTarget, a_adapter_stride);
     FM_FIELD(SgmvTarget, a_row_stride);
@@ -111,8 +112,10 @@ std::string describe_structs() {
     FM_FIELD(SgmvParams, x_stride);
     FM_FIELD(SgmvParams, cols);
     FM_FIELD(SgmvParams, num_pairs);
+    FM_FIELD(SgmvParams, num_places);
     FM_FIELD(SgmvParams, num_parts);
     FM_FIELD(SgmvParams, num_targets);
+    FM_FIELD(SgmvParams, reserved);
     FM_FIELD(SgmvParams, targets);
     FM_FIELD(RouteParams, x);
     FM_FIELD(RouteParams, router);

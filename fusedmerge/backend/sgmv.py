@@ -19,13 +19,14 @@ from fusedmerge.backend.params import MAX_SLOTS
 from fusedmerge.backend.sgmv_params import (
     EXPAND_ALIGNED,
     EXPAND_COLS,
+    FEW_RANKS,
     GROUP_TOKENS,
+    MANY_RANKS,
     MAX_TARGETS,
     PART_COLS,
     RANK_STEP,
     SHRINK_ALIGNED,
     SHRINK_PAIRS,
-    SHRINK_RANKS,
     Y_ALIGNED,
     GroupParams,
     SgmvParams,
@@ -74,6 +75,11 @@ class Groups:
         """How many tiles of tokens there may be."""
         return _ceil(self.num_tokens, self.device.tile_rows)
 
+    @property
+    def num_places(self) -> int:
+        """Places of pairs in all tiles."""
+        return self.max_tiles * self.device.tile_rows * self.num_slots
+
 
 class Target(NamedTuple):
     """One adapted matrix: y += B (A x)."""
@@ -108,8 +114,8 @@ def group_tokens(backend: str | Launcher, ids: torch.Tensor, gates: torch.Tensor
         return groups
     sizes = {"num_tokens": num_tokens, "num_adapters": num_adapters, "num_indices": indices}
     params = GroupParams(ids=ids.data_ptr(), gates=gates.data_ptr(), **sizes, lowest_buckets=buckets[0], second_buckets=buckets[1])
-    shared = [("totals", 4), ("pair_tokens", pairs), ("pair_gates", pairs), ("shrink_groups", 4 * groups.max_groups)]
-    shared += [("tile_tokens", num_tokens), ("tile_pairs", 4 * groups.max_tiles * rows * num_slots), ("tile_counts", groups.max_tiles)]
+    shared = [("totals", 4), ("pairs", 4 * pairs), ("shrink_groups", 4 * groups.max_groups)]
+    shared += [("tile_tokens", num_tokens), ("tile_pairs", 4 * groups.num_places), ("tile_counts", groups.max_tiles)]
     own = [("counts", 2 * chunks * indices), ("starts", 4 * indices), ("positions", pairs)]
     memory = torch.empty(sum(_ceil(size, 4) * 4 for _, size in shared + own), dtype=torch.int32, device=ids.device)
     at = memory.data_ptr()
@@ -167,27 +173,33 @@ def add_to_targets(backend: str | Launcher, x: torch.Tensor, targets: Sequence[T
 def _launch(on: Launcher, x: torch.Tensor, targets: Sequence[Target], groups: Groups) -> None:
     import torch
 
-    rank_blocks = sum(_ceil(target.a.shape[1], SHRINK_RANKS) for target in targets)
+    ranks = [target.a.shape[1] for target in targets]
+    held = FEW_RANKS if max(ranks) <= FEW_RANKS else MANY_RANKS
+    rank_blocks = sum(_ceil(rank, held) for rank in ranks)
     parts = _ceil(x.shape[1], PART_COLS)
     if _ceil(groups.num_pairs, _WARPS * SHRINK_PAIRS) * rank_blocks >= 2 * on.num_multiprocessors:
         parts = 1  # enough blocks without: each adds its parts itself
-    strides = [_ceil(target.a.shape[1], RANK_STEP) * RANK_STEP for target in targets]
-    z = torch.empty(parts * groups.num_pairs * sum(strides), dtype=torch.float32, device=x.device)
-    params = SgmvParams(groups.device, x.data_ptr(), x.stride(0), x.shape[1], groups.num_pairs, parts, len(targets))
+    strides = [_ceil(rank, RANK_STEP) * RANK_STEP for rank in ranks]
+    params = SgmvParams(groups.device, x.data_ptr(), x.stride(0), x.shape[1], groups.num_pairs, groups.num_places, parts, len(targets))
+    pairs, places = groups.num_pairs if parts > 1 else 0, groups.num_places
+    sizes = [(parts * pairs * stride, places * stride, places * _ceil(stride, MANY_RANKS)) for stride in strides]  # parts, z, inverses
+    z = torch.empty(sum(map(sum, sizes)), dtype=torch.float32, device=x.device)
     at = z.data_ptr()
     for i, (target, z_stride) in enumerate(zip(targets, strides, strict=True)):
-        params.targets[i] = _describe(target, x, at, z_stride)
-        at += 4 * parts * groups.num_pairs * z_stride
+        params.targets[i] = _describe(target, x, z_stride)
+        for name, size in zip(("parts", "z", "inverses"), sizes[i], strict=True):
+            setattr(params.targets[i], name, at)
+            at += 4 * size
     waves = _WAVES * on.num_multiprocessors
-    on.launch(_kernel("sgmv_shrink", x.dtype), params, min(_ceil(groups.max_groups, _WARPS) * rank_blocks * parts, waves), 0)
+    on.launch(_kernel("sgmv_shrink", x.dtype, held), params, min(_ceil(groups.max_groups, _WARPS) * rank_blocks * parts, waves), 0)
     if parts > 1:
-        on.launch(_kernel("sgmv_sum"), params, min(_ceil(groups.num_pairs * max(strides), 1024), waves), 0)
+        on.launch(_kernel("sgmv_sum", x.dtype), params, min(_ceil(groups.num_pairs * max(strides), 1024), waves), 0)
     strips = sum(_ceil(target.b.shape[1], EXPAND_COLS) for target in targets)
     shared_bytes = groups.device.tile_rows * _ROW_BYTES
-    on.launch(_kernel("sgmv_expand", x.dtype), params, min(groups.max_tiles * strips, waves), shared_bytes)
+    on.launch(_kernel("sgmv_expand", x.dtype, held), params, min(groups.max_tiles * strips, waves), shared_bytes)
 
 
-def _describe(target: Target, x: torch.Tensor, z: int, z_stride: int) -> SgmvTarget:
+def _describe(target: Target, x: torch.Tensor, z_stride: int) -> SgmvTarget:
     y, a, b, scaling, ranks = target
     return SgmvTarget(
         y=y.data_ptr(),
@@ -195,7 +207,6 @@ def _describe(target: Target, x: torch.Tensor, z: int, z_stride: int) -> SgmvTar
         b=b.data_ptr(),
         scaling=None if scaling is None else scaling.data_ptr(),
         ranks=None if ranks is None else ranks.data_ptr(),
-        z=z,
         y_stride=y.stride(0),
         a_adapter_stride=a.stride(0),
         a_row_stride=a.stride(1),
@@ -226,10 +237,13 @@ def _buckets(num_tokens: int, num_slots: int, num_adapters: int, tile_rows: int)
     return count, count
 
 
-def _kernel(name: str, dtype: torch.dtype | None = None) -> Kernel:
-    """As cuda/src/kernels_sgmv.cu names them."""
+def _kernel(name: str, dtype: torch.dtype | None = None, ranks: int | None = None) -> Kernel:
+    """As cuda/src/kernels_sgmv.cu names them; ranks: those that a warp holds."""
     params = "GroupParams" if name.startswith("group") else "SgmvParams"
     if dtype is None:
         return Kernel("sgmv.cuh", params, f"run_{name}", name)
     suffix, number = {"torch.bfloat16": ("bf16", "Bf16"), "torch.float16": ("fp16", "Fp16")}[str(dtype)]
-    return Kernel("sgmv.cuh", params, f"run_{name}<{number}>", f"{name}_{suffix}", blocks=2 if name == "sgmv_expand" else 1)
+    if ranks is None:
+        return Kernel("sgmv.cuh", params, f"run_{name}<{number}>", f"{name}_{suffix}")
+    blocks = 2 if name == "sgmv_expand" or ranks == FEW_RANKS else 1
+    return Kernel("sgmv.cuh", params, f"run_{name}<{number}, {ranks}>", f"{name}_{suffix}_{ranks}", blocks=blocks)

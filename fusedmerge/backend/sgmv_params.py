@@ -7,14 +7,15 @@ import ctypes
 __all__ = [
     "EXPAND_ALIGNED",
     "EXPAND_COLS",
+    "FEW_RANKS",
     "GROUP_TOKENS",
+    "MANY_RANKS",
     "MAX_TARGETS",
     "PART_COLS",
     "RANK_STEP",
     "SGMV_STRUCTS",
     "SHRINK_ALIGNED",
     "SHRINK_PAIRS",
-    "SHRINK_RANKS",
     "Y_ALIGNED",
     "GroupParams",
     "Groups",
@@ -23,7 +24,8 @@ __all__ = [
 ]
 
 GROUP_TOKENS = 256  # kGroupTokens
-SHRINK_PAIRS, SHRINK_RANKS, PART_COLS = 16, 64, 512  # kShrinkPairs, kShrinkRanks, kPartCols
+SHRINK_PAIRS, PART_COLS = 16, 512  # kShrinkPairs, kPartCols
+FEW_RANKS, MANY_RANKS = 16, 64  # kFewRanks, kManyRanks
 EXPAND_COLS = 256  # kExpandCols
 RANK_STEP = 16  # kRankStep
 MAX_TARGETS = 4  # kSgmvTargets
@@ -36,7 +38,7 @@ class Groups(ctypes.Structure):
     """Tokens sorted into groups, on the device."""
 
     _fields_ = [
-        *((name, _P) for name in ("totals", "pair_tokens", "pair_gates", "shrink_groups", "tile_tokens", "tile_pairs", "tile_counts")),
+        *((name, _P) for name in ("totals", "pairs", "shrink_groups", "tile_tokens", "tile_pairs", "tile_counts")),
         *((name, _I) for name in ("tile_rows", "num_slots")),
     ]
 
@@ -55,7 +57,7 @@ class SgmvTarget(ctypes.Structure):
     """One adapted matrix in a launch."""
 
     _fields_ = [
-        *((name, _P) for name in ("y", "a", "b", "scaling", "ranks", "z")),
+        *((name, _P) for name in ("y", "a", "b", "scaling", "ranks", "parts", "z", "inverses")),
         *((name, _L) for name in ("y_stride", "a_adapter_stride", "a_row_stride", "b_adapter_stride", "b_row_stride")),
         *((name, _I) for name in ("out", "rank", "z_stride", "flags")),
     ]
@@ -68,7 +70,7 @@ class SgmvParams(ctypes.Structure):
         ("groups", Groups),
         ("x", _P),
         ("x_stride", _L),
-        *((name, _I) for name in ("cols", "num_pairs", "num_parts", "num_targets")),
+        *((name, _I) for name in ("cols", "num_pairs", "num_places", "num_parts", "num_targets", "reserved")),
         ("targets", SgmvTarget * MAX_TARGETS),
     ]
 

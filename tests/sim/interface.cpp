@@ -74,8 +74,9 @@ std::string ptx_name(const std::string& name) {
     for (int number : {0, 1}) {
         size_t at = name.find(number == 0 ? "_bf16" : "_fp16");
         if (at == std::string::npos) continue;
-        std::string tiles = at + 5 < name.size() ? ", " + std::to_string(std::stoi(name.substr(at + 6)) / 8) : "";
-        return name.substr(0, at) + "_kernel<" + type_name(number) + tiles + ">";
+        int size = at + 5 < name.size() ? std::stoi(name.substr(at + 6)) : 0;  // ranks; or tokens, of which a tile has 8
+        if (name.rfind("sgmv", 0) != 0) size /= 8;
+        return name.substr(0, at) + "_kernel<" + type_name(number) + (size > 0 ? ", " + std::to_string(size) : "") + ">";
     }
     return name + "_kernel";
 }

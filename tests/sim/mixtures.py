@@ -156,10 +156,9 @@ def check_groups(groups: sgmv.Groups, ids: torch.Tensor, gates: torch.Tensor) ->
     for e, t, _ in pairs:
         used.setdefault(t, []).append(e)
     assert (num_pairs, num_tokens) == (len(pairs), len(used))
-    assert read(groups, "pair_tokens", num_pairs).tolist() == [t for _, t, _ in pairs]
-    assert np.array_equal(
-        read(groups, "pair_gates", num_pairs, dtype=np.float32), np.array([g for *_, g in pairs], np.float32), equal_nan=True
-    )
+    table = read(groups, "pairs", num_pairs, 4)
+    assert table[:, [0, 2]].tolist() == [[t, e] for e, t, _ in pairs]
+    assert np.array_equal(table[:, 1].copy().view(np.float32), np.array([g for *_, g in pairs], np.float32), equal_nan=True)
 
     bundles, first = [], 0
     while first < len(pairs):
@@ -180,8 +179,12 @@ def check_groups(groups: sgmv.Groups, ids: torch.Tensor, gates: torch.Tensor) ->
     wanted: list[list[list[int]]] = [[] for _ in range(groups.max_tiles)]
     for position, (e, t, _) in enumerate(pairs):
         wanted[place[t] // rows].append([e, place[t] % rows, position])
-    for tile, count, members in zip(tiles, counts, wanted, strict=True):
+    for i, (tile, count, members) in enumerate(zip(tiles, counts, wanted, strict=True)):
         members.sort()
-        runs = [sum(other[0] == e for other in members[i:]) for i, (e, *_) in enumerate(members)]
         assert count == len(members)
-        assert tile[:count].tolist() == [[e, run, row, position] for (e, row, position), run in zip(members, runs, strict=True)]
+        assert table[[position for *_, position in members], 3].tolist() == [i * rows * slots + n for n in range(count)]
+        runs = [sum(other[0] == e for other in members[n:]) for n, (e, *_) in enumerate(members)]
+        lowest_of = {row: e for e, row, _ in reversed(members)}
+        assert tile[:count].tolist() == [
+            [e, run, ~row if lowest_of[row] == e else row, 0] for (e, row, _), run in zip(members, runs, strict=True)
+        ]

@@ -39,7 +39,7 @@ SWITCH = Family(("tests/test_sim_switch.py",), "interface")
 LINEAR = Family(("tests/test_sim_linear.py", "tests/test_linear.py"), "kernels_linear")
 LINEAR_FILES = ("route.cuh", "products.cuh", "source.cuh", "prologue.cuh", "expand.cuh", "gemv.cuh", "lora_linear.cuh")
 SGMV = Family(("tests/test_sim_sgmv.py",), "kernels_sgmv")
-SGMV_FILES = ("group.cuh", "sgmv_shrink.cuh", "sgmv_expand.cuh", "sgmv.cuh")
+SGMV_FILES = ("group.cuh", "sgmv_split.cuh", "sgmv_shrink.cuh", "sgmv_expand.cuh", "sgmv.cuh")
 FAMILIES = dict.fromkeys(LINEAR_FILES, LINEAR) | dict.fromkeys(SGMV_FILES, SGMV)  # the other files: SWITCH
 
 # (file, text, replacement, what it breaks)
@@ -61,9 +61,26 @@ PROTOCOL = [
     ("group.cuh", "(same && other < i)", "false", "an expert's pairs share one place in a tile"),
     ("sgmv_shrink.cuh", "const bool split = params.num_parts > 1;", "const bool split = false;", "every part is the sum of all"),
     ("sgmv_shrink.cuh", "clear(chain);", "", "a part begins with the one before"),
-    ("sgmv_expand.cuh", "multiply_accumulate(products[tile], fragment, {low[word], low[word + 1]}, Number{});", "", "z has 16 bits"),
-    ("sgmv_expand.cuh", "find_scales(size, scale, inverse);", "scale = inverse = 1.0f;", "z leaves the range of fp16"),
-    ("sgmv_expand.cuh", "num_ranks - r, (target", "64, (target", "ranks that do not exist are read"),
+    ("sgmv_split.cuh", "127 + 14 + 127 - exponent < 253 ? 127 + 14 + 127 - exponent : 253;", "127;", "z leaves the range of fp16"),
+    ("sgmv_split.cuh", "gate != 0.0f ? multiply(gate, z) : 0.0f", "z", "every gate is 1"),
+    (
+        "sgmv_shrink.cuh",
+        "for (int mask = 4; mask < kWarpLanes; mask *= 2) size",
+        "const int mask = 4; size",
+        "a lane chooses its own power of two",
+    ),
+    (
+        "sgmv_shrink.cuh",
+        "for (int mask = 1; mask < num_lanes; mask *= 2) size",
+        "const int mask = 1; size",
+        "the same, where z is in parts",
+    ),
+    ("sgmv_expand.cuh", "add(product[c % 2], product[2 + c % 2])", "product[c % 2]", "z has 16 bits"),
+    ("sgmv_expand.cuh", "from, num_ranks - 16 * block);", "from, 4);", "ranks that do not exist are read"),
+    ("sgmv_expand.cuh", "first_rank == 0 && operands.row < 0;", "operands.row < 0;", "every 64 ranks begin the sums"),
+    ("sgmv_expand.cuh", "first_rank == 0 && operands.row < 0;", "false;", "no expert begins the sums"),
+    ("sgmv_expand.cuh", "if (rank <= 0) begin(place, count);", "", "one without ranks does not"),
+    ("sgmv_expand.cuh", "if (scaling == 0.0f) {", "if (false) {", "factors of an adapter whose scaling is 0 are used"),
 ]
 
 

@@ -56,7 +56,7 @@ Action ternary(F f) {
 
 template <class T>
 Action compare(const std::string& how) {
-    // An unordered comparison ("neu") is true of NaN, as != is in C++; the others are false.
+    // An unordered comparison ("neu", "leu", ...) is true of NaN, as != is in C++; the others are false.
     if (how == "eq") return binary<uint8_t, T, T>([](T x, T y) { return x == y; });
     if (how == "ne" || how == "neu") {
         return binary<uint8_t, T, T>([how](T x, T y) { return x != y && (how == "neu" || (x == x && y == y)); });
@@ -65,6 +65,10 @@ Action compare(const std::string& how) {
     if (how == "le") return binary<uint8_t, T, T>([](T x, T y) { return x <= y; });
     if (how == "gt") return binary<uint8_t, T, T>([](T x, T y) { return x > y; });
     if (how == "ge") return binary<uint8_t, T, T>([](T x, T y) { return x >= y; });
+    if (how == "ltu") return binary<uint8_t, T, T>([](T x, T y) { return !(x >= y); });
+    if (how == "leu") return binary<uint8_t, T, T>([](T x, T y) { return !(x > y); });
+    if (how == "gtu") return binary<uint8_t, T, T>([](T x, T y) { return !(x <= y); });
+    if (how == "geu") return binary<uint8_t, T, T>([](T x, T y) { return !(x < y); });
     return nullptr;
 }
 

@@ -2,7 +2,7 @@
 //
 //   | ids, gates  | [T, k]               | read twice (histogram, scatter); 8 bytes a slot         |
 //   | counts      | [chunks, indices]    | 8 bytes each: written, scanned, read                    |
-//   | by position | [T k]                | token and gate of each pair, ascending (expert, token)  |
+//   | by position | [T k]                | token, gate ... of each pair, ascending (expert, token) |
 //   | by tile     | [tiles, tile_rows k] | the pairs of tile_rows tokens, ascending (expert, row)  |
 //
 // Four launches of kThreads threads, none of which waits for the host; no atomics: an index is counted by one thread, in token order.
@@ -171,8 +171,10 @@ FM_DEVICE void run_group_scatter(const GroupParams& params) {
         const int position = slot < 0 ? -1 : chunk.places[thread_index() * chunk.num_slots + j];
         params.positions[static_cast<long long>(chunk.token) * chunk.num_slots + j] = position;
         if (slot < 0) continue;
-        groups.pair_tokens[position] = chunk.token;
-        groups.pair_gates[position] = chunk.gate(j);
+        Pair& pair = groups.pairs[position];
+        pair.token = chunk.token;
+        pair.gate = chunk.gate(j);
+        pair.expert = slot;
         const GroupStart start = params.starts[slot];
         const int local = position - start.pair;
         const int left = start.count - local;
@@ -198,6 +200,9 @@ FM_DEVICE void run_group_tiles(const GroupParams& params) {
     for (int i = thread_index(); i < count; i += kThreads) {
         const int expert = experts[i];
         if (expert == kNoExpert) continue;
+        const int row = i / num_slots;
+        bool is_first = true;
+        for (int j = 0; j < num_slots; ++j) is_first &= experts[row * num_slots + j] >= expert;
         int place = 0;
         int run = 0;
         FM_UNROLL_4
@@ -206,8 +211,10 @@ FM_DEVICE void run_group_tiles(const GroupParams& params) {
             place += experts[other] < expert || (same && other < i);
             run += same && other >= i;
         }
-        const long long slot = static_cast<long long>(groups.tile_tokens[first + i / num_slots]) * num_slots + i % num_slots;
-        groups.tile_pairs[static_cast<long long>(first) * num_slots + place] = {expert, run, i / num_slots, params.positions[slot]};
+        place += first * num_slots;
+        groups.tile_pairs[place] = {expert, run, is_first ? ~row : row, 0};
+        const long long slot = static_cast<long long>(groups.tile_tokens[first + row]) * num_slots + i % num_slots;
+        groups.pairs[params.positions[slot]].place = place;
     }
     if (thread_index() == 0) {
         int pairs = 0;

@@ -116,6 +116,11 @@ FM_DEVICE void load_16(unsigned* words, const void* global) {
            sim::load_aligned(words, global, 16, 0));
 }
 
+FM_DEVICE void load_8(unsigned* words, const void* global) {
+    FM_PTX(asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "l"(global) : "memory"),
+           sim::load_aligned(words, global, 8, 0));
+}
+
 FM_DEVICE void store_16(void* global, const unsigned* words) {
     FM_PTX(asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
                         : "memory"),

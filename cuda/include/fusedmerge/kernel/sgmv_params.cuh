@@ -8,11 +8,11 @@ namespace fusedmerge {
 
 constexpr int kGroupTokens = kThreads;  // tokens that a grouping block orders: one a thread
 constexpr int kShrinkPairs = 16;        // pairs of one expert that a warp shrinks together
-constexpr int kShrinkRanks = 64;        // ranks that it computes
 constexpr int kPartCols = 512;          // columns of x in one chain of mma; the parts' sums are added in order
 constexpr int kWarpCols = 32;           // columns of y that a warp expands
 constexpr int kExpandCols = 256;        // columns that a block expands
-constexpr int kExpandRanks = 64;        // ranks that it holds in registers at a time
+constexpr int kFewRanks = 16;           // ranks that a warp's registers hold, of either kernel: in launches that have no more
+constexpr int kManyRanks = 64;          // in others; ranks of a pair's z that share a power of two
 constexpr int kExpandBlocks = 2;        // of a multiprocessor at once
 constexpr int kSgmvTargets = 4;         // of one launch: they share x
 
@@ -27,12 +27,20 @@ struct ShrinkGroup {
     int reserved;
 };
 
-// A pair within its tile of tokens. The pairs of a tile are ordered by expert, those of an expert by row.
-struct TilePair {
+// A pair in the order by expert.
+struct alignas(16) Pair {
+    int token;
+    float gate;
     int expert;
-    int run;       // pairs of this expert in the tile from here on
-    int row;       // the token's place in the tile
-    int position;  // the pair's place in the order by expert
+    int place;  // in the order by tile: its row of z
+};
+
+// A pair within its tile of tokens. The pairs of a tile are ordered by expert, those of an expert by row.
+struct alignas(16) TilePair {
+    int expert;
+    int run;  // pairs of this expert in the tile from here on
+    int row;  // the token's place in the tile; its complement where the token has no lower expert
+    int reserved;
 };
 
 // How many there are: known on the device alone.
@@ -46,8 +54,7 @@ struct GroupTotals {
 // Tokens sorted into groups, once for all layers that share ids and gates. All memory is on the device.
 struct Groups {
     GroupTotals* totals;
-    int* pair_tokens;            // [T k] by position
-    float* pair_gates;           // [T k] by position
+    Pair* pairs;                 // [T k] by position
     ShrinkGroup* shrink_groups;  // [at most T k / kShrinkPairs + min(N, T k)]
     int* tile_tokens;            // [T] tokens that have an expert, ordered by key; tile i has tile_rows of them
     TilePair* tile_pairs;        // [tiles, tile_rows k]
@@ -92,7 +99,9 @@ struct SgmvTarget {
     const void* b;               // [N, out, r] Number
     const float* scaling;        // [N]; null = 1
     const int* ranks;            // [N] actual rank of each adapter here, 0 = absent; null = r for all
-    float* z;                    // [parts, T k, z_stride] by position; the first part is the sum of all where the expand begins
+    float* parts;                // [parts, T k, z_stride] by position, where z is in parts
+    unsigned* z;                 // [places, z_stride] gate scaling z by place, split (sgmv_split.cuh)
+    float* inverses;             // [ranks / kManyRanks, places] of the powers of two in z
     long long y_stride;          // elements between rows
     long long a_adapter_stride;  // elements between adapters
     long long a_row_stride;      // elements between ranks
@@ -110,8 +119,10 @@ struct SgmvParams {
     long long x_stride;  // elements between rows
     int cols;            // in
     int num_pairs;       // T k: rows of a part of z
+    int num_places;      // tiles tile_rows k: rows of z
     int num_parts;       // of z: all of in's, for sgmv_sum to add, or 1 where the shrink adds them itself
     int num_targets;     // of this launch
+    int reserved;
     SgmvTarget targets[kSgmvTargets];
 };
 

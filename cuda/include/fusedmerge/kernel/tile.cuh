@@ -9,6 +9,9 @@
 
 namespace fusedmerge {
 
+struct alignas(8) Words2 {
+    unsigned words[2];
+};
 struct alignas(16) Words4 {
     unsigned words[4];
 };
