@@ -125,6 +125,12 @@ PROGRAM = """
 REFUSED = {
     "mul.hi.u32 %r2, %r1, %r1;": "PTX instruction mul.hi.u32",
     "bra $L__1;": "without the label",
+    "add.sat.s32 %r2, %r1, %r1;": "PTX instruction add.sat.s32",
+    "setp.ge.and.u32 %p2, %r1, %r1, %p1;": "PTX instruction setp.ge.and.u32",
+    "cp.async.wait_all;": "PTX instruction cp.async.wait_all",
+    "mov.u32 %r2, %laneid;": "PTX register %laneid",
+    "mov.u32 %r9, 0;": "PTX register %r9",
+    "bar.sync 1, 128;": "PTX barrier bar.sync 1, 128",
     "ld.shared.u32 %r2, [%r1+1025];": "misaligned access by",
     "st.shared.u32 [1088], %r1;": "access beyond shared memory",
     "cp.async.cg.shared.global [1040], [1600], 8, 8;": "asynchronous copy",

@@ -40,9 +40,9 @@ static_assert(sizeof(SwitchParams) == 64 && alignof(SwitchParams) == 8, "SwitchP
 FM_AT(SwitchParams, num_units, 32);
 FM_AT(SwitchParams, resident_chunks, 60);
 
-static_assert(sizeof(Groups) == 64 && sizeof(GroupParams) == 128, "Groups or GroupParams has another size");
-FM_AT(GroupParams, ids, 64);
-static_assert(sizeof(SgmvTarget) == 104 && sizeof(SgmvParams) == 512, "SgmvTarget or SgmvParams has another size");
+static_assert(sizeof(Groups) == 56 && sizeof(GroupParams) == 120, "Groups or GroupParams has another size");
+FM_AT(GroupParams, ids, 56);
+static_assert(sizeof(SgmvTarget) == 120 && sizeof(SgmvParams) == 576, "SgmvTarget or SgmvParams has another size");
 FM_AT(SgmvParams, targets, 96);
 static_assert(sizeof(ShrinkGroup) == 16 && sizeof(TilePair) == 16 && sizeof(GroupTotals) == 16, "a grouped struct has another size");
 

@@ -4,8 +4,8 @@
 // compiler made of the same C++, inline PTX included, so it shows what twins and compiler hide from the simulator: operands, layouts, the
 // device branch of platform.cuh. Pointers are host pointers. One register file per warp; lanes that diverged run lowest address first and
 // meet again there; a `.sync` instruction waits for all lanes. Unknown instructions, misaligned accesses, accesses beyond shared memory,
-// and barriers that cannot be met end a launch with a message. Not modelled: fences, overlapping launches, caches, timing. ex2.approx is
-// the host's exp2f.
+// and barriers that cannot be met end a launch with a message. Not modelled: the convergence that `.aligned` asks for, fences, overlapping
+// launches, caches, timing. ex2.approx is the host's exp2f.
 #pragma once
 
 #include <functional>

@@ -8,10 +8,6 @@
 namespace fusedmerge::ptx {
 namespace {
 
-struct Half {
-    unsigned short bits;
-};
-
 // Calls `use` with a value of the PTX type's C++ type. Predicates are bytes of 0 and 1.
 template <class Use>
 bool with_type(const std::string& name, Use use) {
@@ -24,7 +20,6 @@ bool with_type(const std::string& name, Use use) {
     if (name == "s32") return use(int32_t{}), true;
     if (name == "s64") return use(int64_t{}), true;
     if (name == "f32") return use(float{}), true;
-    if (name == "f16") return use(Half{}), true;
     return false;
 }
 
@@ -82,44 +77,41 @@ float rounded_down(float x, float y, float z) {
 }
 
 template <class T>
-Action floating(const std::vector<std::string>& parts) {
-    const std::string& name = parts[0];
-    bool nearest = parts.size() == 2 || parts[1] == "rn";
+Action floating(const std::string& name, const std::string& how) {
+    const bool nearest = how.empty() || how == "rn";
     if (name == "add" && nearest) return binary<T, T, T>([](T x, T y) { return x + y; });
     if (name == "sub" && nearest) return binary<T, T, T>([](T x, T y) { return x - y; });
     if (name == "mul" && nearest) return binary<T, T, T>([](T x, T y) { return x * y; });
-    if (name == "div" && nearest) return binary<T, T, T>([](T x, T y) { return x / y; });
-    if (name == "sqrt" && nearest) return unary<T, T>([](T x) { return std::sqrt(x); });
-    if (name == "neg") return unary<uint32_t, uint32_t>([](uint32_t x) { return x ^ 0x80000000u; });
-    if (name == "abs") return unary<uint32_t, uint32_t>([](uint32_t x) { return x & 0x7fffffffu; });
-    if (name == "ex2" && parts[1] == "approx") {
-        return unary<T, T>([](T x) { return std::fabs(x) < 0x1p-126f ? 1.0f : std::exp2(x); });
-    }
-    if (name == "fma" && nearest) return ternary<T, T>([](T x, T y, T z) { return std::fmaf(x, y, z); });
-    if (name == "fma" && parts[1] == "rm") return ternary<T, T>(rounded_down);
-    if (name == "max") return binary<T, T, T>([](T x, T y) { return std::fmax(x, y); });
-    if (name == "min") return binary<T, T, T>([](T x, T y) { return std::fmin(x, y); });
+    if (name == "div" && how == "rn") return binary<T, T, T>([](T x, T y) { return x / y; });
+    if (name == "sqrt" && how == "rn") return unary<T, T>([](T x) { return std::sqrt(x); });
+    if (name == "neg" && how.empty()) return unary<uint32_t, uint32_t>([](uint32_t x) { return x ^ 0x80000000u; });
+    if (name == "abs" && how.empty()) return unary<uint32_t, uint32_t>([](uint32_t x) { return x & 0x7fffffffu; });
+    if (name == "ex2" && how == "approx.ftz") return unary<T, T>([](T x) { return std::fabs(x) < 0x1p-126f ? 1.0f : std::exp2(x); });
+    if (name == "fma" && how == "rn") return ternary<T, T>([](T x, T y, T z) { return std::fmaf(x, y, z); });
+    if (name == "fma" && how == "rm") return ternary<T, T>(rounded_down);
     return nullptr;
 }
 
 // Overflow wraps: sums and products are formed without a sign.
 template <class T>
-Action integral(const std::vector<std::string>& parts) {
+Action integral(const std::string& name, const std::string& how, bool is_predicate) {
     using U = std::make_unsigned_t<T>;
     using Wide = std::conditional_t<sizeof(T) == 8, T, std::conditional_t<std::is_signed_v<T>, int64_t, uint64_t>>;
     constexpr unsigned kBits = sizeof(T) * 8;
-    const std::string& name = parts[0];
     auto product = [](T x, T y) { return static_cast<T>(static_cast<uint64_t>(x) * static_cast<uint64_t>(y)); };
-    if (name == "add") return binary<T, T, T>([](T x, T y) { return static_cast<T>(static_cast<U>(x) + static_cast<U>(y)); });
-    if (name == "sub") return binary<T, T, T>([](T x, T y) { return static_cast<T>(static_cast<U>(x) - static_cast<U>(y)); });
-    if (name == "mul" && parts[1] == "lo") return binary<T, T, T>(product);
-    if (name == "mad" && parts[1] == "lo") {
+    if (name == "add" && how.empty())
+        return binary<T, T, T>([](T x, T y) { return static_cast<T>(static_cast<U>(x) + static_cast<U>(y)); });
+    if (name == "sub" && how.empty())
+        return binary<T, T, T>([](T x, T y) { return static_cast<T>(static_cast<U>(x) - static_cast<U>(y)); });
+    if (name == "mul" && how == "lo") return binary<T, T, T>(product);
+    if (name == "mad" && how == "lo") {
         return ternary<T, T>([product](T x, T y, T z) { return static_cast<T>(static_cast<U>(product(x, y)) + static_cast<U>(z)); });
     }
-    if (name == "mul" && parts[1] == "wide") {
+    if (name == "mul" && how == "wide") {
         if (sizeof(T) == 2) return binary<uint32_t, T, T>([](T x, T y) { return static_cast<uint32_t>(static_cast<int64_t>(x) * y); });
         return binary<Wide, T, T>([](T x, T y) { return static_cast<Wide>(x) * static_cast<Wide>(y); });
     }
+    if (!how.empty()) return nullptr;
     if (name == "div") return binary<T, T, T>([](T x, T y) { return y == 0 ? T(~T(0)) : static_cast<T>(x / y); });
     if (name == "rem") return binary<T, T, T>([](T x, T y) { return y == 0 ? x : static_cast<T>(x % y); });
     if (name == "min") return binary<T, T, T>([](T x, T y) { return x < y ? x : y; });
@@ -128,7 +120,7 @@ Action integral(const std::vector<std::string>& parts) {
     if (name == "and") return binary<T, T, T>([](T x, T y) { return x & y; });
     if (name == "or") return binary<T, T, T>([](T x, T y) { return x | y; });
     if (name == "xor") return binary<T, T, T>([](T x, T y) { return x ^ y; });
-    if (name == "not" && parts[1] == "pred") return unary<T, T>([](T x) { return !x; });
+    if (name == "not" && is_predicate) return unary<T, T>([](T x) { return !x; });
     if (name == "not") return unary<T, T>([](T x) { return ~x; });
     if (name == "popc") return unary<T, T>([](T x) { return static_cast<T>(__builtin_popcountll(static_cast<U>(x))); });
     if (name == "shl")
@@ -153,8 +145,8 @@ uint32_t half_of_fp8(uint32_t bits) {
 
 Action convert(const std::vector<std::string>& parts) {
     const std::string &to = parts[parts.size() - 2], &from = parts.back();
-    bool nearest = parts[1] == "rn";
-    if (to == "f16x2" && from == "e4m3x2") {
+    const bool nearest = parts.size() == 4 && parts[1] == "rn", exact = parts.size() == 3;
+    if (to == "f16x2" && from == "e4m3x2" && nearest) {
         return unary<uint32_t, uint16_t>([](uint16_t x) { return half_of_fp8(x & 255u) | half_of_fp8(x >> 8) << 16; });
     }
     if (to == "bf16x2" || to == "f16x2") {  // the first source becomes the high half
@@ -163,17 +155,17 @@ Action convert(const std::vector<std::string>& parts) {
         return binary<uint32_t, float, float>(
             [narrow](float high, float low) { return static_cast<uint32_t>(narrow(high)) << 16 | narrow(low); });
     }
-    if (to == "f32" && from == "f32" && parts[1] == "sat") {
+    if (to == "f32" && from == "f32" && parts.size() == 4 && parts[1] == "sat") {
         return unary<float, float>([](float x) { return x > 0.0f ? std::fmin(x, 1.0f) : 0.0f; });  // NaN becomes 0
     }
-    if (to == "f32" && from == "f16") return unary<float, uint16_t>([](uint16_t x) { return sim::fp16_to_float(x); });
+    if (to == "f32" && from == "f16" && exact) return unary<float, uint16_t>([](uint16_t x) { return sim::fp16_to_float(x); });
     Action action;
     with_type(to, [&](auto t) {
         with_type(from, [&](auto f) {
             using To = decltype(t);
             using From = decltype(f);
             if constexpr (std::is_integral_v<From> && (std::is_integral_v<To> || std::is_same_v<To, float>)) {
-                if (std::is_integral_v<To> || nearest) action = unary<To, From>([](From x) { return static_cast<To>(x); });
+                if (std::is_integral_v<To> ? exact : nearest) action = unary<To, From>([](From x) { return static_cast<To>(x); });
             }
         });
     });
@@ -183,7 +175,8 @@ Action convert(const std::vector<std::string>& parts) {
 // Between one register and a vector of narrower ones, too.
 Action move(size_t num_operands, unsigned bits) {
     if (num_operands == 2) {
-        return [](Step& step) { for_lanes(step.mask, [&](int lane) { step.row(0).lane[lane] = step.row(1).lane[lane]; }); };
+        const uint64_t kept = bits == 1 ? 1 : ~uint64_t{0};  // a predicate is 0 or 1
+        return [kept](Step& step) { for_lanes(step.mask, [&](int lane) { step.row(0).lane[lane] = step.row(1).lane[lane] & kept; }); };
     }
     if (num_operands != 3 || bits < 32) return nullptr;
     unsigned half = bits / 2;
@@ -299,17 +292,17 @@ std::vector<std::string> split(const std::string& opcode) {
 }
 
 Action arithmetic(const std::vector<std::string>& parts) {
+    std::string how;  // between name and type
+    for (size_t i = 1; i + 1 < parts.size(); ++i) how += (how.empty() ? "" : ".") + parts[i];
     Action action;
     with_type(parts.back(), [&](auto type) {
         using T = decltype(type);
-        if constexpr (std::is_integral_v<T> || std::is_same_v<T, float>) {
-            if (parts[0] == "setp") {
-                action = compare<T>(parts[1]);
-            } else if constexpr (std::is_same_v<T, float>) {
-                action = floating<T>(parts);
-            } else {
-                action = integral<T>(parts);
-            }
+        if (parts[0] == "setp") {
+            action = compare<T>(how);
+        } else if constexpr (std::is_same_v<T, float>) {
+            action = floating<T>(parts[0], how);
+        } else {
+            action = integral<T>(parts[0], how, parts.back() == "pred");
         }
     });
     return action;
@@ -346,7 +339,7 @@ void decode(const std::string& opcode, Instruction& instruction) {
         instruction.kind = Kind::kTogether;
         instruction.action = multiply(parts[7] == "bf16");
     } else if (name == "mov") {
-        unsigned bits = parts[1] == "b64" ? 64 : parts[1] == "b32" ? 32 : 0;
+        unsigned bits = parts[1] == "b64" ? 64 : parts[1] == "b32" ? 32 : parts[1] == "pred" ? 1 : 0;
         instruction.action = move(instruction.registers.size(), bits);
     } else if (name == "selp") {
         instruction.action = select();

@@ -92,7 +92,7 @@ void run(Machine& machine, Warp& warp) {
             unsigned active = group.mask;
             if (instruction.guard >= 0) active &= lanes_where(warp.registers[instruction.guard], instruction.guard_negated);
             unsigned rest = group.mask & ~active;
-            if (machine.traffic != nullptr && active != 0) ++machine.traffic->instructions;
+            if (machine.traffic != nullptr) ++machine.traffic->instructions;
             int at = group.at++;
             if (active == 0) {
                 // all pass by

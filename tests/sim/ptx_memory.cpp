@@ -212,7 +212,7 @@ bool decode_memory(const std::vector<std::string>& parts, Instruction& instructi
         instruction.action = commit;
     } else if (name == "cp.async.wait_group") {
         instruction.action = wait;
-    } else if (name.compare(0, 9, "cp.async.") == 0 && parts[3] == "shared" && parts[4] == "global") {
+    } else if (name.compare(0, 9, "cp.async.") == 0 && parts.size() > 4 && parts[3] == "shared" && parts[4] == "global") {
         instruction.action = copy_async;
     } else if (name == "ldmatrix.sync.aligned.m8n8.x4.shared.b16") {
         instruction.kind = Kind::kTogether;

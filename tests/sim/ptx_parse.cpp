@@ -46,7 +46,7 @@ bool is_called(const std::string& symbol, const std::string& name) {
 class Parser {
   public:
     explicit Parser(const std::string& entry) : text_(entry) {
-        for (const char* name : {"%tid.x", "%ctaid.x", "%ntid.x", "%nctaid.x", "<param>"}) declare(name);
+        for (const char* name : {"%tid.x", "%ctaid.x", "%ntid.x", "%nctaid.x", "<param>", "_"}) declare(name);  // "_": not wanted
     }
 
     Program run(size_t body) {
@@ -87,7 +87,12 @@ class Parser {
             auto found = scopes_[i].find(name);
             if (found != scopes_[i].end()) return found->second;
         }
-        return scopes_.front()[name] = num_registers_++;  // one of a numbered range
+        size_t digits = name.find_last_not_of("0123456789") + 1;
+        auto range = ranges_.find(name.substr(0, digits));
+        if (range == ranges_.end() || digits == name.size() || std::stoi(name.substr(digits)) >= range->second) {
+            throw std::runtime_error("PTX register " + name);
+        }
+        return scopes_.front()[name] = num_registers_++;
     }
 
     int constant(uint64_t value) {
@@ -114,8 +119,11 @@ class Parser {
     void directive(const std::string& line) {
         if (line.compare(0, 7, ".pragma") == 0) return;
         if (line.compare(0, 4, ".reg") != 0) throw std::runtime_error("PTX directive " + line);
-        if (line.find('<') != std::string::npos) return;  // a numbered range: numbered at first use
-        size_t names = line.find_first_of(" \t", line.find('.', 1));
+        size_t names = line.find_first_of(" \t", line.find('.', 1)), count = line.find('<');
+        if (count != std::string::npos) {  // a range, whose registers are numbered at first use
+            ranges_[trimmed(line.substr(names, count - names))] = std::stoi(line.substr(count + 1));
+            return;
+        }
         for (const std::string& name : split(line.substr(names))) declare(name);
     }
 
@@ -153,6 +161,11 @@ class Parser {
             made.kind = Kind::kBranch;
             branches_.emplace_back(program_.code.size(), operands.at(0));
         } else {
+            bool is_barrier = opcode == "bar.sync" || opcode.compare(0, 7, "bar.red") == 0;
+            if (is_barrier &&
+                operands.at(opcode == "bar.sync" ? 0 : 1) + std::to_string(operands.size()) != (opcode == "bar.sync" ? "01" : "03")) {
+                throw std::runtime_error("PTX barrier " + line);
+            }
             for (const std::string& text : operands) operand(text, made);
             decode(opcode, made);
         }
@@ -188,6 +201,7 @@ class Parser {
     Program program_;
     int num_registers_ = 0;
     std::vector<std::map<std::string, int>> scopes_{1};
+    std::map<std::string, int> ranges_;
     std::map<uint64_t, int> constants_;
     std::map<std::string, int> labels_;
     std::vector<std::pair<size_t, std::string>> branches_;

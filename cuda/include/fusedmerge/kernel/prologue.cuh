@@ -70,7 +70,7 @@ struct Prologue {
         int id;     // adapter
         int split;  // of the columns
         int rank;   // the first
-        const LinearTarget* target;
+        int target;
     };
 
     // The first unit from `idx` on, with the grid's stride, that exists: empty slots, and adapters that an earlier slot has, are left out.
@@ -84,8 +84,8 @@ struct Prologue {
             while (t + 1 < params.num_targets && params.targets[t + 1].first_rank_tile <= rank_tile) ++t;
             unit.idx = idx;
             unit.split = idx / num_choices / params.num_rank_tiles;
-            unit.target = &params.targets[t];
-            unit.rank = (rank_tile - unit.target->first_rank_tile) * kMmaRows;
+            unit.target = t;
+            unit.rank = (rank_tile - params.targets[t].first_rank_tile) * kMmaRows;
             return true;
         }
         return false;
@@ -106,7 +106,7 @@ struct Prologue {
     FM_DEVICE int col_of(int split, int step) const { return split * kSplitCols + step * kStepCols + warp * kChunkCols + lane % 4 * 8; }
 
     FM_DEVICE void fetch(const Unit& unit) {
-        const LinearTarget& target = *unit.target;
+        const LinearTarget& target = params.targets[unit.target];
         const T* a = static_cast<const T*>(target.a) + unit.id * target.a_adapter_stride;
         FM_UNROLL
         for (int i = 0; i < 2 * kUnitSteps; ++i) {
@@ -220,7 +220,7 @@ struct Prologue {
         int row = thread / kMaxTokens;
         int token = thread % kMaxTokens;
         int rank = unit.rank + row;
-        if (token >= params.tokens || rank >= unit.target->z_pitch) return;
+        if (token >= params.tokens || rank >= params.targets[unit.target].z_pitch) return;
         float value = memory.partials.total(row, token);
         if (params.router != nullptr) {
             z_at(unit, token, unit.id, rank) = value;
@@ -234,7 +234,7 @@ struct Prologue {
     FM_DEVICE float& z_at(const Unit& unit, int token, int slot, int rank) const {
         long long num_slots = params.router != nullptr ? params.num_adapters : params.num_slots;
         long long place = (static_cast<long long>(unit.split) * params.tokens + token) * num_slots + slot;
-        return unit.target->z[place * unit.target->z_pitch + rank];
+        return params.targets[unit.target].z[place * params.targets[unit.target].z_pitch + rank];
     }
 };
 

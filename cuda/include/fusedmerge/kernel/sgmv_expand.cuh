@@ -248,7 +248,8 @@ struct ExpandWarp {
                     FM_UNROLL
                     for (int c = 0; c < 4; ++c) values[4 * half + c] = add(values[4 * half + c], sum.values[c]);
                 }
-                store_values(rows[i], values, num_cols, aligned, policy);
+                narrow_octet(octets[i], values);
+                store_octet(rows[i], octets[i], num_cols, aligned, policy);
             }
         }
     }

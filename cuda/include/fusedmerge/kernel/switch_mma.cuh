@@ -123,10 +123,11 @@ struct MmaUnit {
                 }
                 multiply_chunk(stage, resident ? chunk : 0);
             }
+            const bool more = row + kStepRows < unit.end_row;
             if (whole) {
-                finish_rows<true>(row + kStepRows < unit.end_row);
+                finish_rows<true>(more);
             } else {
-                finish_rows<false>(true);
+                finish_rows<false>(more);
             }
         }
     }
@@ -239,8 +240,11 @@ struct MmaUnit {
             if constexpr (!kKeep) words = place[i * kThreads];
             FM_UNROLL
             for (int j = 0; j < 4; ++j) {
-                unsigned& word = strip[i / 2][j][i % 2];
-                (kKeep ? words.words[j] : word) = kKeep ? word : words.words[j];
+                if constexpr (kKeep) {
+                    words.words[j] = strip[i / 2][j][i % 2];
+                } else {
+                    strip[i / 2][j][i % 2] = words.words[j];
+                }
             }
             if constexpr (kKeep) place[i * kThreads] = words;
         }

@@ -220,12 +220,4 @@ FM_DEVICE float scale_at(const SwitchSegment& segment, int row, int col) {
     return segment.source_scale[(row >> segment.scale_row_shift) * segment.scale_stride + (col >> segment.scale_col_shift)];
 }
 
-// Rounds and stores eight values of one row.
-template <class Live>
-FM_DEVICE void store_values(Live* to, const float (&values)[8], int num_cols, bool aligned, unsigned long long policy) {
-    Octet<Live> octet;
-    narrow_octet(octet, values);
-    store_octet(to, octet, num_cols, aligned, policy);
-}
-
 }  // namespace fusedmerge
