@@ -16,6 +16,7 @@ nvcc, cuobjdump = test_compile.nvcc, test_compile.cuobjdump
 CEILING = {"group": 96, "shrink, 16": 128, "shrink, 64": 255, "sum": 64, "expand, 16": 128, "expand, 64": 128}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", test_compile.ARCHITECTURES)
 def test_every_kernel(nvcc, cuobjdump, tmp_path, arch):
     cubin, report = test_compile.compile_cubin(nvcc, test_compile.ROOT / "cuda/src/kernels_sgmv.cu", arch, tmp_path / "sgmv.cubin")

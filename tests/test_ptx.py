@@ -54,7 +54,7 @@ class JustInTime(SimLauncher):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("depth", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("numbers", "inplace"),
     [((BF16,) * 3, False), ((BF16,) * 3, True), ((FP16, FP8, FP16), False), ((FLOAT32,) * 3, False), ((FLOAT32,) * 3, True)],
@@ -79,7 +79,7 @@ def test_switch(lib, machine, architecture, numbers, inplace, depth):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("source", ["known", "norm", "silu"])
-@pytest.mark.parametrize("num_tokens", [3, 11])
+@pytest.mark.parametrize("num_tokens", [pytest.param(3, marks=pytest.mark.slow), 11])
 def test_linear(machine, architecture, num_tokens, source):
     problem = linear_kit.make(num_tokens, 300, rows=(70, 20), ranks=(20, 33))
     router = problem.known if source == "known" else Router(torch.randn(5, 300).to(torch.bfloat16), 2)
