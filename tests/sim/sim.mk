@@ -14,7 +14,7 @@ sim:
 
 sim-sanitize: $(STAMP)
 	library=$$($(PY) tests/sim/build.py --sanitize) && LD_PRELOAD="$(SIM_SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 \
-	    FUSEDMERGE_SIM_LIB=$$library $(PY) -m pytest -s $(SIM_SUITES) -k "not thousand"
+	    FUSEDMERGE_SIM_LIB=$$library $(PY) -m pytest -s $(SIM_SUITES) -k "not thousand and not just_in_time"
 
 sim-ptx: $(STAMP)
 	for arch in 80 90 100 120; do FUSEDMERGE_PTX_ARCH=compute_$$arch $(PYTEST) $(SIM_SUITES) -k ptx || exit 1; done
