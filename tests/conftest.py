@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 from fusedmerge import backend
+from perf import cubin
 
 BUILD = Path(__file__).parent / "sim/build.py"
 sys.path.insert(0, str(BUILD.parent))  # the simulator's own modules
@@ -49,7 +49,7 @@ def use_host(name, request, monkeypatch):
 def kernels_ptx():
     import build
 
-    nvcc = shutil.which("nvcc") or pytest.skip("nvcc is not installed")
+    nvcc = cubin.find_tool("nvcc") or pytest.skip("nvcc is not installed")
     return build.ptx(nvcc, os.environ.get("FUSEDMERGE_PTX_ARCH", "compute_90")).read_bytes()
 
 

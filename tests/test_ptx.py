@@ -34,7 +34,7 @@ def machine(request, monkeypatch):
 @functools.cache
 def just_in_time(kernel: compiler.Kernel, architecture: str) -> bytes:
     pytest.importorskip("cupy").cuda.nvrtc  # noqa: B018 (skips where there is none)
-    return compiler._compile(kernel, ("--std=c++17", f"--gpu-architecture={architecture}"))
+    return compiler._compile(kernel, (*compiler._FLAGS, f"--gpu-architecture={architecture}"))
 
 
 class JustInTime(SimLauncher):

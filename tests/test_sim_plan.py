@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import sys
-from pathlib import Path
-
-import numpy as np
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parent / "sim"))
 
 import harness
+import numpy as np
+import pytest
 from harness import BF16, FLOAT32, FP8, FP16, Launch, check, decode, make_target, options, truth
 
 CORRECT_SHARE = {BF16: 0.999, FP16: 0.995}

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import mmap
-import sys
-from pathlib import Path
 
+import mixtures
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent / "sim"))
-
-import mixtures
 from mixtures import POPULARITIES, check, choose_ids, make_batch, strided
 
 from fusedmerge.backend import sgmv

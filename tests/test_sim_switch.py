@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
+import harness
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent / "sim"))
-
-import harness
 from harness import BAD_GATE, BAD_ID, BF16, FLOAT32, FP8, FP16, NON_FINITE, Launch, check, decode, make_target, options
 
 from tests import kit

@@ -127,18 +127,7 @@ def test_weights_that_moved_are_refused(move, engine):
     bank.remove("random_0")
 
 
-def test_an_exchange_that_is_none_of_dlpack_s_leaves_the_look_to_python(monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "__dlpack_c_exchange_api__", 1, raising=False)
-    weights = kit.make_weights([(5, 6)])
-    switcher = fm.Switcher(weights, kit.make_bank(weights))
-    switcher.switch("a0")
-    weights["w0"].data = weights["w0"].data.clone()
-    with pytest.raises(errors.StateError, match="w0: expected the storage"):
-        switcher.switch("a0")
-
-
-@pytest.mark.usefixtures("look")
-def test_bare_tensors_that_moved_are_refused():
+def check_that_a_clone_is_refused():
     weights = kit.make_weights([(9, 31), (5, 6)])
     switcher = fm.Switcher(weights, kit.make_bank(weights))
     switcher.switch("a0")
@@ -146,6 +135,16 @@ def test_bare_tensors_that_moved_are_refused():
     weights["w1"].data = weights["w1"].data.clone()
     with pytest.raises(errors.StateError, match="switch: w1: expected the storage"):
         switcher.switch("a0")
+
+
+def test_an_exchange_that_is_none_of_dlpack_s_leaves_the_look_to_python(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "__dlpack_c_exchange_api__", 1, raising=False)
+    check_that_a_clone_is_refused()
+
+
+@pytest.mark.usefixtures("look")
+def test_bare_tensors_that_moved_are_refused():
+    check_that_a_clone_is_refused()
 
 
 @pytest.mark.usefixtures("look")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,12 +27,16 @@ sys.path.insert(0, str(build.ROOT))
 
 from fusedmerge.backend import linear
 from fusedmerge.backend.kernels import SimLauncher
-from perf import model
+from perf import cubin, model
+from perf.launches import MULTIPROCESSORS
 from perf.model import Cost
+from perf.occupancy import DEVICES
 from tests import linear_kit
 
-CLOCKS = 132 * 1.75e9  # of an H200's multiprocessors in a second, under load (assumed): four instructions and one wavefront each
-BANDWIDTH = 4.8e12  # and its bytes, by the data sheet
+CLOCKS = (
+    MULTIPROCESSORS * 1.75e9
+)  # of an H200's multiprocessors in a second, under load (assumed): four instructions and one wavefront each
+BANDWIDTH = DEVICES["H200"]
 ARCHITECTURE = "compute_90"
 
 
@@ -90,7 +93,7 @@ def counting(library: ctypes.CDLL, ptx: bytes) -> Iterator[Callable[[], Traffic]
 class Counting(SimLauncher):
     """Notes the traffic of each launch. A device as large as an H200."""
 
-    num_multiprocessors = 132
+    num_multiprocessors = MULTIPROCESSORS
     shared_bytes_limit = 227 << 10
 
     def __init__(self, take: Callable[[], Traffic]) -> None:
@@ -199,7 +202,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--markdown", type=Path, help="write the sheet there, too")
     given = parser.parse_args()
-    nvcc = shutil.which("nvcc")
+    nvcc = cubin.find_tool("nvcc")
     if nvcc is None:
         sys.exit("traffic: nvcc is not installed")
     path = build.build()
