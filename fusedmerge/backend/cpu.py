@@ -10,7 +10,6 @@ and the next `apply` finishes or undoes exactly what is left.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from fusedmerge.errors import InvalidValueError
 from fusedmerge.selection import Mixture
+from fusedmerge.shared import shared
 
 if TYPE_CHECKING:
     import torch
@@ -113,28 +113,15 @@ def merge_rows(
     live[rows].copy_(block)
 
 
-class _Precision:
-    """The process's precision of float32 products, which threads share: the first user sets it, the last one restores it."""
-
-    lock = threading.Lock()
-    users = 0
-    kept: tuple[str, ...] = ()
-
-
+@shared
 @contextmanager
 def exact_products() -> Iterator[None]:
     """Float32 products in float32, whatever the caller chose for its model: bfloat16 or TF32 would spoil the single rounding."""
-    with _Precision.lock:
-        if _Precision.users == 0:
-            _Precision.kept = _set_precision(None)
-        _Precision.users += 1
+    kept = _set_precision(None)
     try:
         yield
     finally:
-        with _Precision.lock:
-            _Precision.users -= 1
-            if _Precision.users == 0:
-                _set_precision(_Precision.kept)
+        _set_precision(kept)
 
 
 def _set_precision(kept: tuple[str, ...] | None) -> tuple[str, ...]:

@@ -18,13 +18,14 @@ from fusedmerge.checks import usable_device
 from fusedmerge.errors import DeviceError, DtypeError, InvalidTypeError, InvalidValueError, ShapeError
 from fusedmerge.moe.decoder_files import DecoderConfig, bias_name, check_weights, linear_names, read_checkpoint
 from fusedmerge.moe.experts import ExpertSet
+from fusedmerge.moe.strategies import UNMERGED, make
 from fusedmerge.ops import group_once
 from fusedmerge.weights import collect
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fusedmerge.moe.strategies import Apply
+    from fusedmerge.moe.unmerged import Apply
 
 __all__ = ["Cache", "Decoder"]
 
@@ -170,8 +171,6 @@ class Decoder:
     def logits(self, tokens: Tensor, attention_mask: Tensor | None = None, *, strategy: str = "fused") -> Tensor:
         """The logits [B, T, V] of whole sequences, as transformers' forward gives them. strategy: backbone, unfused or fused (each token
         has its own experts, so nothing can be merged)."""
-        from fusedmerge.moe.strategies import UNMERGED, make
-
         if strategy not in UNMERGED:
             raise InvalidValueError("logits", "strategy", " or ".join(UNMERGED), repr(strategy))
         padding = check_tokens("logits", tokens, attention_mask, self.config.vocab, self.device)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["Session", "generate"]
 
 _OP = "generate"
+_TURNS: WeakKeyDictionary[torch.nn.Module | Decoder, threading.RLock] = WeakKeyDictionary()
+_TURNS_LOCK = threading.Lock()
 
 
 class Session(Protocol):
@@ -53,7 +57,8 @@ def generate(
 
     strategy: "backbone" (no experts), "unfused", "merged-simple", "merged", "fused" (see `fusedmerge.moe.strategies`), or "auto", which
     picks one of the last two by expected cost (`fusedmerge.moe.auto`). The prompt always runs un-merged, each token with its own experts.
-    "merged" and "merged-simple" need one route for the whole batch. The weights are restored on return, also after an exception.
+    "merged" and "merged-simple" need one route for the whole batch. The weights are restored on return, also after an exception. Meanwhile
+    the model is not to be used otherwise; generations of one model that several threads ask for wait for each other.
 
     Raises InvalidTypeError, InvalidValueError, ShapeError, DtypeError, DeviceError for arguments; StateError for a strategy that this model
     cannot run, and for rows whose routes differ while a strategy merges.
@@ -64,8 +69,14 @@ def generate(
     tokens = input_ids.long()
     if max_new_tokens == 0:
         return tokens.clone()
-    with torch.no_grad(), _open(model, strategy, tokens, max_new_tokens) as session:
+    with _turn(model), torch.no_grad(), _open(model, strategy, tokens, max_new_tokens) as session:
         return torch.cat([tokens, _continue(session, tokens, padding, max_new_tokens, ends, temperature, generator)], dim=1)
+
+
+def _turn(model: torch.nn.Module | Decoder) -> threading.RLock:
+    """Held for a generation, which acts on the whole model: its weights, its linears, its mode."""
+    with _TURNS_LOCK:
+        return _TURNS.setdefault(model, threading.RLock())
 
 
 def _continue(

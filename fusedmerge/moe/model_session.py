@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -17,6 +18,7 @@ from fusedmerge.moe.routing import TableRouter
 from fusedmerge.moe.strategies import MERGED, add_unfused, merge_simple, one_route
 from fusedmerge.moe.structure import find
 from fusedmerge.ops import group_once, lora_linear
+from fusedmerge.shared import shared
 from fusedmerge.switcher import Switcher
 from fusedmerge.weights import check_writable, collect
 
@@ -137,11 +139,14 @@ class ModelSession:
     # ------------------------------------------------------------------ life
 
     def __enter__(self) -> ModelSession:
+        self._compiled = ExitStack()
+        self._compiled.enter_context(_uncompiled())
         self._training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._compiled.close()
         for module in self._training:
             module.training = True
         self._restore()
@@ -153,6 +158,17 @@ class ModelSession:
             part.base_layer.weight.detach().copy_(base)
         if self._switcher is not None:
             self._switcher.restore()
+
+
+@shared
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Inside, compiled models run as they were written: a graph knows nothing of hooks that came after it, which merge."""
+    if "torch._dynamo" not in sys.modules:  # else nothing is compiled, and its import takes seconds
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def _factors(part: MoELinear) -> ExpertLinear:

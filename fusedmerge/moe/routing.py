@@ -7,9 +7,9 @@ as outputs (`Carried`): gradients reach the router through both kinds of checkpo
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -259,7 +259,7 @@ def _repeats(shape: torch.Size, tokens: torch.Size) -> bool:
     return len(shape) <= len(tokens) and all(n in (1, m) for n, m in zip(shape[::-1], tokens[::-1], strict=False))
 
 
-_CURRENT: ContextVar[Routing | None] = ContextVar("fusedmerge.moe.routing", default=None)
+_THREAD = threading.local()  # torch.compile follows its attributes, and neither a subclass of it nor a context variable
 
 
 def outside(owner: Owner) -> Routing | None:
@@ -271,12 +271,12 @@ def outside(owner: Owner) -> Routing | None:
 
 def innermost() -> Routing | None:
     """The routing of the innermost forward of any injected model that is under way in this thread."""
-    return _CURRENT.get()
+    return getattr(_THREAD, "routing", None)
 
 
 def current(owner: Owner) -> Routing | None:
     """The routing of the innermost forward of `owner`'s model that is under way in this thread."""
-    routing = _CURRENT.get()
+    routing = innermost()
     while routing is not None and routing.owner is not owner:
         routing = routing.parent
     return routing
@@ -285,25 +285,25 @@ def current(owner: Owner) -> Routing | None:
 @contextmanager
 def under_way(routing: Routing | None) -> Iterator[None]:
     """Make `routing` the current one."""
-    outer = _CURRENT.get()
-    _CURRENT.set(routing)
+    outer = innermost()
+    _THREAD.routing = routing
     try:
         yield
     finally:
-        _CURRENT.set(outer)
+        _THREAD.routing = outer
 
 
 def enter(routing: Routing) -> None:
     """Begin a forward: `routing` is current until `leave`. It must have the present one as its parent."""
-    assert routing.parent is _CURRENT.get()
-    _CURRENT.set(routing)
+    assert routing.parent is innermost()
+    _THREAD.routing = routing
 
 
 def leave(owner: Owner) -> Routing | None:
     """End `owner`'s forward, whatever state an exception has left inside it; its routing (None if none is under way)."""
     routing = current(owner)
     if routing is not None:
-        _CURRENT.set(routing.parent)
+        _THREAD.routing = routing.parent
     return routing
 
 
@@ -325,7 +325,7 @@ class Carried:
         self.run = run
 
     def __call__(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        outer = _CURRENT.get()
+        outer = innermost()
         if outer is None:
             return self.run(function, *args, **options)
         names = list(outer.decided)

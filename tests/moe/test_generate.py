@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -239,6 +241,23 @@ def test_an_exception_leaves_everything_as_it_was(switch, prompt, of, monkeypatc
         assert all(module.training for module in switch.modules())
         assert not fm.moe.structure(switch).is_suspended
         assert not any("mixed" in part.__dict__ or part._forward_pre_hooks for part in fm.moe.structure(switch).linears.values())
+
+
+@pytest.mark.parametrize("of", ["model", "decoder"])
+def test_two_threads_take_turns(switch, prompt, of):
+    model = switch if of == "model" else Decoder.from_model(switch)
+    asked = [("merged", prompt), ("unfused", prompt.flip(1)), ("backbone", prompt), ("merged-simple", prompt.flip(1))]
+    alone = [fm.moe.generate(model, tokens, 12, strategy=strategy) for strategy, tokens in asked]
+    together = threading.Barrier(len(asked))
+
+    def run(strategy, tokens):
+        together.wait()
+        return fm.moe.generate(model, tokens, 12, strategy=strategy)
+
+    with ThreadPoolExecutor(len(asked)) as threads:
+        found = list(threads.map(lambda each: run(*each), asked))
+    for (strategy, _), expected, got in zip(asked, alone, found, strict=True):
+        assert torch.equal(expected, got), strategy
 
 
 def test_dropout_is_off_while_generating(tmp_path, prompt):
