@@ -48,13 +48,14 @@ class SimExtension:
 
 
 class SimKernel:
-    """What cupy.RawModule(path=...).get_function(...) gives."""
+    """What cupy.RawModule(path=...).get_function(...) gives. `streams`: where it notes the streams of its launches."""
 
-    def __init__(self, path):
+    def __init__(self, path, streams):
         assert compiler.ENTRY.encode() in Path(path).read_bytes()
-        self.max_dynamic_shared_size_bytes = 0
+        self.max_dynamic_shared_size_bytes, self.streams = 0, streams
 
-    def __call__(self, grid, block, arguments, *, shared_mem):
+    def __call__(self, grid, block, arguments, *, shared_mem, stream):
+        self.streams.append(stream.ptr)
         assert block == (256,) and shared_mem <= self.max_dynamic_shared_size_bytes
         (argument,) = arguments
         assert isinstance(argument, np.ndarray) and argument.nbytes == ctypes.sizeof(params.SwitchParams)
@@ -89,11 +90,10 @@ def gpu(request, stand_in, monkeypatch, tmp_path):
         device = types.SimpleNamespace(
             compute_capability="90", attributes={"MultiProcessorCount": 4, "MaxSharedMemoryPerBlockOptin": 99 << 10}
         )
-        streams = contextlib.nullcontext
         monkeypatch.setenv("FUSEDMERGE_CACHE_DIR", str(tmp_path))
         monkeypatch.setattr(cupy.cuda, "Device", lambda _: device)
-        monkeypatch.setattr(cupy.cuda, "ExternalStream", lambda pointer, _: streams(stand_in.streams.append(pointer)))
-        monkeypatch.setattr(cupy, "RawModule", lambda path: types.SimpleNamespace(get_function=lambda _: SimKernel(path)))
+        made = lambda path: types.SimpleNamespace(get_function=lambda _: SimKernel(path, stand_in.streams))  # noqa: E731
+        monkeypatch.setattr(cupy, "RawModule", made)
     return lambda *args, **options: make_switcher(request.param, monkeypatch, *args, **options)
 
 
