@@ -91,7 +91,7 @@ def steps_of(part: str, python: str, install: Sequence[str], results: Path, as_i
         return [prepare, doctor, first, rest, cpp, program]
     if part == "sanitize":
         sanitizer = ("compute-sanitizer", "--error-exitcode", "1", "--print-limit", "20", "--tool")
-        # memcheck counts what a program merely asks of the driver in vain, as torch does at its start; ours are checked where they are made.
+        # memcheck would count what torch asks of the driver in vain as it starts; our own calls are checked where they are made.
         tools = {tool: (tool, "--report-api-errors", "no") if tool == "memcheck" else (tool,) for tool in TOOLS}
         whole = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)  # every tensor an allocation of its own: bounds are seen
         programs = [Step(f"{tool}, C++", (*sanitizer, tool, PROGRAM), 15, expect=r"GPU part: .* 0 wrong weights") for tool in TOOLS]
