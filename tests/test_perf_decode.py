@@ -43,6 +43,14 @@ def row_of(engine, method, strategy):
     return Row(f"{method}, {strategy}", method, strategy, engine, config={"r": 4})
 
 
+@pytest.mark.parametrize("row", [row_of("decoder", "lora_switch", kind) for kind in ("merged", "fused")], ids=lambda row: row.strategy)
+def test_errors_where_kernels_choose_the_experts(monkeypatch, sim_library, row):
+    """As on a GPU: no router is called, and the truth follows the kernels' choices all the same."""
+    monkeypatch.setenv("FUSEDMERGE_SIM_LIB", sim_library)
+    monkeypatch.setenv("FUSEDMERGE_BACKEND", "sim")
+    assert Workbench(TOY, CPU).checked(row)["of_backbone"] < decoding.WORST_ERROR
+
+
 @pytest.mark.parametrize(
     "row",
     [
