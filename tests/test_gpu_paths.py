@@ -251,6 +251,23 @@ def test_after_a_capture_the_device_alone_is_believed(on_sim, monkeypatch):
         bank.remove("a3")  # a replay may choose it at any time
 
 
+def test_no_other_switcher_s_device_is_waited_for(on_sim, monkeypatch):
+    """A capture may not wait, and a selection on the device is not to; only weights that are shared need an answer."""
+    weights, bank = on_sim
+    elsewhere = kit.make_weights(SHAPES)
+    first, second, third = fm.Switcher(weights, bank), fm.Switcher(elsewhere, kit.make_bank(elsewhere)), fm.Switcher(weights, bank)
+    first._set_on_device(*ids_and_gates((0, 1.0)), "switch")
+    with monkeypatch.context() as patch:
+        for group in first._engine._groups:
+            patch.setattr(group, "state", lambda: pytest.fail("the device was waited for"))
+        second._set_on_device(*ids_and_gates((1, 1.0)), "switch")
+        second.switch("a2")
+    with pytest.raises(errors.StateError, match="no other Switcher has merged"):
+        third.switch("a1")
+    first._set_on_device(*ids_and_gates((-1, 0.0)), "switch")
+    third.switch("a1")
+
+
 def test_what_counts_as_a_selection_on_the_device():
     device = torch.device("meta")  # stands for a GPU: no value can be looked at
     ids, gates = torch.zeros(2, dtype=torch.int64, device=device), torch.zeros(2, dtype=torch.bfloat16, device=device, requires_grad=True)
