@@ -49,6 +49,7 @@ SUITES = {
 }
 PARTS = ("tests", "sanitize", "micro", "switch", "decode", "sgmv", "accuracy")
 CUT = "the time budget is used up"  # what a suite says of benchmarks that it left out
+HUNG = 120  # seconds after which a test is taken for one that waits for ever
 GRACE = 4.0  # seconds that a step has to end by itself, after each signal
 LEAST_SHARE = 0.5  # of a step's estimate that must be left for it to begin
 
@@ -84,6 +85,7 @@ def steps_of(part: str, python: str, install: Sequence[str], results: Path, as_i
         doctor = Step("doctor", (python, "-m", "fusedmerge", "doctor"), 15, refuse=r"backend (jit|aot) +unusable")
         # Processes share the GPU: the tests' time is their float64 truths and the kernels' compilation.
         how = ("-q", "-m", "gpu", "-p", "no:cacheprovider", "--benchmark-disable", "--numprocesses", "auto", "--maxprocesses", "8")
+        how += ("-o", f"faulthandler_timeout={HUNG}", "-o", "faulthandler_exit_on_timeout=true")  # of one process; the others go on
         two = (("OMP_NUM_THREADS", "2"),)
         ignored = tuple(f"--ignore={path}" for path in ONLY_ON_GPU)
         first = Step("pytest, what only a GPU can show", (python, "-m", "pytest", *how, *ONLY_ON_GPU), 120, environment=two)
