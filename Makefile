@@ -52,9 +52,10 @@ bench: $(STAMP)
 
 # cmake comes from PATH, or from pip.
 CMAKE ?= $(or $(shell command -v cmake 2>/dev/null),$(BIN)cmake)
+CMAKE_FLAGS ?=
 
 cpp: $(filter $(VENV)/bin/cmake,$(CMAKE))
-	$(CMAKE) --preset release
+	$(CMAKE) --preset release $(CMAKE_FLAGS)
 	$(CMAKE) --build --preset release --parallel $(shell nproc)
 	CTEST_OUTPUT_ON_FAILURE=1 $(CMAKE) --build --preset release --target test
 	$(CMAKE) --install build/cpp --prefix build/cpp/prefix

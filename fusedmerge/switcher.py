@@ -256,13 +256,16 @@ class Switcher:
 
     def _check_unshared(self, operation: str) -> None:
         for other in list(_switchers):
-            if other is self or other._engine is None or other._engine.mixture == ():
+            engine = other._engine
+            waits = isinstance(engine, DeviceSwitch) and engine.is_pending  # to be asked last: a capture, or a call that is not to wait
+            if other is self or engine is None or (not waits and engine.mixture == ()):
                 continue
             theirs = defaultdict(list)
             for tensor in other._live.values():
                 theirs[tensor.untyped_storage().data_ptr()].append(tensor)
             for name, live in self._live.items():
-                if any(overlap(live, tensor) for tensor in theirs[live.untyped_storage().data_ptr()]):
+                shared = any(overlap(live, tensor) for tensor in theirs[live.untyped_storage().data_ptr()])
+                if shared and engine.mixture != ():
                     raise StateError(operation, name, "weights that no other Switcher has merged", f"weights shared with {other!r}")
 
 

@@ -1,6 +1,6 @@
 """Fixtures of the suites. Each module's records become perf/results/<device>/<suite>.json, written anew after every test that passed.
 
-Timings never decide whether a test passes; wrong results do, and a suite with a failure leaves no file of its run.
+Timings never decide whether a test passes; wrong results do, and what a suite with a failure has measured goes to <suite>.failed instead.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def began() -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def _evidence(request: pytest.FixtureRequest, began: dict[str, Any]) -> Iterator[None]:
-    """Write the suite's file after a test that passed; take it back after one that failed."""
+    """Write the suite's file after each test; once one has failed, under the other name."""
     config = request.config
     if time.monotonic() - config.stash[_STARTED] > config.getoption("--budget"):
         pytest.skip("the time budget is used up")
@@ -98,8 +98,8 @@ def _evidence(request: pytest.FixtureRequest, began: dict[str, Any]) -> Iterator
     found.failed |= request.node.stash.get(_FAILED, False)
     if found.failed and found.path:
         found.path.unlink(missing_ok=True)
-    elif found.cases and not found.failed:
-        found.path = write(found, Path(config.getoption("--results")), began)
+    if found.cases:
+        found.path = write(found, Path(config.getoption("--results")), began, ".failed" if found.failed else ".json")
 
 
 @pytest.fixture(scope="session")
@@ -126,7 +126,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             for case in suite.cases
             if case.get("predicted_ms")
         ]
-        written = "nothing was written: a test has failed" if suite.failed else str(suite.path or "nothing was measured")
+        written = str(suite.path or "nothing was measured") + " (a test has failed)" * suite.failed
         terminalreporter.write_line(f"\n{suite.name}: {written}")
         if rows:
             terminalreporter.write_line(text_table(["case", "ms", "predicted ms", "measured / predicted"], rows))

@@ -27,7 +27,7 @@ class Suite:
         self.setting: dict[str, Any] = {}
         self.cases: list[dict[str, Any]] = []
         self.path: Path | None = None  # once written
-        self.failed = False  # a test of it has failed: nothing is written any more
+        self.failed = False  # a test of it has failed: what is written is no evidence any more
 
     def record(self, name: str, group: str, title: str, seconds: list[float], **more: Any) -> dict[str, Any]:
         """Add a case: raw samples in seconds, and whatever else the schema has (bytes, flops, predicted_ms, error, ratio, x, ...)."""
@@ -42,10 +42,14 @@ class Suite:
 
 
 def begin() -> dict[str, Any]:
-    """The commit and the machine's load, taken at the start: whoever commits meanwhile does not change what is measured."""
+    """The commit and the machine's load, taken at the start: whoever commits meanwhile does not change what is measured.
+
+    Where the files came without their repository, FUSEDMERGE_COMMIT says which commit they are of.
+    """
+    changed = _run("git", "status", "--porcelain", "--untracked-files=no")
     return {
-        "git_commit": _run("git", "rev-parse", "HEAD"),
-        "git_dirty": bool(_run("git", "status", "--porcelain", "--untracked-files=no")),
+        "git_commit": _run("git", "rev-parse", "HEAD") or os.environ.get("FUSEDMERGE_COMMIT"),
+        "git_dirty": None if changed is None else bool(changed),
         "load_average_before": [round(x, 2) for x in os.getloadavg()],
     }
 
@@ -81,15 +85,15 @@ def head(name: str, began: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def write(suite: Suite, results: Path, began: dict[str, Any]) -> Path:
+def write(suite: Suite, results: Path, began: dict[str, Any], suffix: str = ".json") -> Path:
     """Write <results>/<device>/<suite>.json, whole or not at all."""
     content = {**head(suite.name, began), "setting": suite.setting, "cases": suite.cases}
-    return write_content(content, results)
+    return write_content(content, results, suffix)
 
 
-def write_content(content: dict[str, Any], results: Path) -> Path:
+def write_content(content: dict[str, Any], results: Path, suffix: str = ".json") -> Path:
     """The same for a file that is no list of cases; content: `head`'s fields and more."""
-    path = results / str(content["device"]) / f"{content['suite']}.json"
+    path = results / str(content["device"]) / f"{content['suite']}{suffix}"
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(content, indent=1) + "\n")

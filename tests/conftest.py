@@ -92,6 +92,25 @@ def use_gpu(name, request, monkeypatch):
     request.addfinalizer(lambda: torch.set_default_device(None))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """A kernel's fault ends this process's use of the GPU: the tests after it go to another process, or are not run."""
+    done = yield
+    if item.get_closest_marker("gpu") and gpu_is_lost():
+        if hasattr(item.config, "workerinput"):
+            os._exit(1)  # xdist says which test ended its worker, and starts another one
+        item.session.shouldfail = f"{item.nodeid}: a kernel's fault has ended this process's use of the GPU"
+    return done
+
+
+def gpu_is_lost():
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
 def pytest_collection_modifyitems(config, items):
     """Tests that need a GPU are not there where there is none."""
     if not torch.cuda.is_available():

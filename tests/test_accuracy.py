@@ -15,6 +15,7 @@ import torch
 
 from fusedmerge.commands.accuracy import accuracy_markdown, accuracy_pictures
 from fusedmerge.commands.plot import render_results
+from perf.accuracy import __main__ as experiment
 from perf.accuracy import data as data_module
 from perf.accuracy import report
 from perf.accuracy.data import END, SPLITS, Data, Source, collect, roff_to_text, split_of
@@ -27,6 +28,10 @@ TINY = Setting(
     device="cpu", hidden=32, intermediate=64, layers=4, heads=2, context=16, windows=4,
     pretraining_steps=2, pretraining_lr=1e-3, steps=2, r=16, seeds=2, learning_rates=(5e-3,), judged_windows=3,
 )  # fmt: skip
+
+
+def test_the_code_that_runs_depend_on_is_where_it_is_said_to_be() -> None:
+    assert [len(experiment._digest([name])) for name in experiment.SOURCES] == [64] * len(experiment.SOURCES)
 
 
 # ---------------------------------------------------------------------- statements

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -54,9 +56,19 @@ def test_a_step_that_outlasts_the_budget_is_ended_with_its_children(tmp_path):
 
 
 @pytest.mark.slow
-def test_one_that_ignores_the_signal_is_ended_too():
+def test_pytest_tells_what_had_failed_when_its_time_is_over(tmp_path):
+    (tmp_path / "test_two.py").write_text(
+        "def test_bad():\n    assert 6 * 9 == 42\n\ndef test_long():\n    import time\n    time.sleep(60)\n"
+    )
+    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--numprocesses", "2", str(tmp_path))
+    verdicts, log = run([Step("suite", command, 0.0)], 6.0)
+    assert verdicts == {"suite": "ended: the budget is used up"} and "assert (6 * 9) == 42" in log
+
+
+def test_one_that_ignores_the_signals_is_ended_too(monkeypatch):
+    monkeypatch.setattr(gpu, "GRACE", 0.5)
     start = time.monotonic()
-    verdicts, _ = run([step("stubborn", "trap '' TERM; while :; do sleep 0.1; done")], 0.5)
+    verdicts, _ = run([step("stubborn", "trap '' INT TERM; while :; do sleep 0.1; done")], 0.5)
     assert verdicts["stubborn"] == "ended: the budget is used up" and time.monotonic() - start < 8
 
 
@@ -88,16 +100,44 @@ def test_the_exit_code(monkeypatch, script, code, tmp_path):
 
     def steps(part, python, install, results, as_is):
         seen.update(part=part, results=results, as_is=as_is)
-        return [step("install", "echo for $FUSEDMERGE_CUDA_ARCH_LIST"), step("m0", script), step("m1", "exit 9")]
+        return [
+            step("install", "echo for $FUSEDMERGE_CUDA_ARCH_LIST, CUDA $FUSEDMERGE_CUDA, in $PATH"),
+            step("m0", script),
+            step("m1", "exit 9"),
+        ]
 
     monkeypatch.setattr(gpu, "steps_of", steps)
     log = tmp_path / "here/log"
     assert gpu.main(["micro", "--only", "m0", "--as-is", "--results", str(tmp_path), "--log", str(log)]) == code
     assert seen == {"part": "micro", "results": tmp_path, "as_is": True}
     text = log.read_text()
-    assert "for 9.0a" in text and "micro: m0" in text and "m1" not in text
+    assert re.search(r"for 9\.0a, CUDA ON, in .*:/usr/local/cuda/bin\n", text) and "micro: m0" in text and "m1" not in text
     with pytest.raises(SystemExit):
         gpu.main(["nonsense"])
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_kernel_s_fault_ends_the_process(monkeypatch, marked):
+    """What would fail after it is not run: with xdist by another process."""
+    from tests import conftest
+
+    def run_one(**config):
+        item = SimpleNamespace(get_closest_marker=lambda _: marked, nodeid="this test", session=SimpleNamespace(shouldfail=False))
+        item.config = SimpleNamespace(**config)
+        hook = conftest.pytest_runtest_protocol(item)
+        next(hook)
+        with pytest.raises(StopIteration, match="done"):
+            hook.send("done")
+        return item.session.shouldfail
+
+    ended = []
+    monkeypatch.setattr(conftest.os, "_exit", ended.append)
+    monkeypatch.setattr(conftest.torch.cuda, "synchronize", lambda: None)
+    assert not run_one() and not run_one(workerinput={}) and not ended
+    monkeypatch.setattr(conftest.torch.cuda, "synchronize", lambda: (_ for _ in ()).throw(RuntimeError("an illegal memory access")))
+    assert bool(run_one()) == marked
+    run_one(workerinput={})
+    assert ended == [1] * marked
 
 
 @pytest.mark.parametrize("part", gpu.PARTS)

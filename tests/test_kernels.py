@@ -69,7 +69,8 @@ class Driver:
                 driver.asked.append(path)
                 return driver.version
 
-            def __call__(self, *_, shared_mem):
+            def __call__(self, *_, shared_mem, stream):
+                assert stream.ptr == 0
                 driver.edges.append(False)
 
         return SimpleNamespace(get_function=lambda name: Function())
@@ -83,7 +84,6 @@ def no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
     attributes = {"MultiProcessorCount": 4, "MaxSharedMemoryPerBlockOptin": 100_000}
     monkeypatch.setattr(cupy.cuda, "Device", lambda ordinal: SimpleNamespace(compute_capability="90", attributes=attributes))
-    monkeypatch.setattr(cupy.cuda, "ExternalStream", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(kernels, "compiled", lambda kernel, capability: kernel.name)
     return cupy
 

@@ -13,6 +13,7 @@ from perf import ablations, decoding
 from perf import test_decode as decode_suite
 from perf.decoding import Row, Workbench
 from perf.evidence import Suite
+from tests.kit import fast_first
 from tests.perf_kit import CEILINGS, CPU, TOY, Benchmark
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -41,6 +42,15 @@ def decode(monkeypatch):
 
 def row_of(engine, method, strategy):
     return Row(f"{method}, {strategy}", method, strategy, engine, config={"r": 4})
+
+
+@pytest.mark.parametrize("strategy", fast_first(["fused", "merged"]))
+def test_errors_where_kernels_choose_the_experts(monkeypatch, sim_library, strategy):
+    """As on a GPU: no router is called, and the truth follows the kernels' choices all the same."""
+    monkeypatch.setenv("FUSEDMERGE_SIM_LIB", sim_library)
+    monkeypatch.setenv("FUSEDMERGE_BACKEND", "sim")
+    row = row_of("decoder", "lora_switch", strategy)
+    assert Workbench(TOY, CPU).checked(row)["of_backbone"] < decoding.WORST_ERROR
 
 
 @pytest.mark.parametrize(

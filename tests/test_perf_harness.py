@@ -106,20 +106,21 @@ def test_third(suite):
     ("second", "options", "cases"),
     [
         ("pytest.skip('not here')", (), ["one", "two", "three"]),
-        ("assert False", (), None),
+        ("assert False", (), ["one", "two", "three"]),
         ("pass", ("--budget", "0"), None),
     ],
 )
-def test_results_are_written_where_nothing_is_wrong(tmp_path, second, options, cases):
+def test_results_are_written_and_are_no_evidence_where_something_is_wrong(tmp_path, second, options, cases):
     (tmp_path / "test_fake.py").write_text(FAKE.replace("SECOND", second))
     command = [sys.executable, "-m", "pytest", "-q", "-p", "perf.conftest", "-p", "no:cacheprovider", f"--results={tmp_path}", *options]
     done = subprocess.run([*command, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == (second == "assert False"), done.stdout
-    path = tmp_path / evidence.device_name() / "fake.json"
-    assert path.exists() == (cases is not None), done.stdout
+    written = list((tmp_path / evidence.device_name()).glob("*"))
     if cases is None:
-        assert ("3 skipped" if options else "nothing was written: a test has failed") in done.stdout
+        assert not written and "3 skipped" in done.stdout
         return
+    (path,) = written
+    assert path.name == ("fake.failed" if done.returncode else "fake.json") and ("(a test has failed)" in done.stdout) == done.returncode
     found = json.loads(path.read_text())
     assert [case["name"] for case in found["cases"]] == cases
     assert found["cases"][0] | {"samples_ms": [1.0, 3.0, 2.0], "median_ms": 2.0} == found["cases"][0]
@@ -143,6 +144,14 @@ def test_a_gpu_is_described(monkeypatch, tmp_path):
     assert found["git_commit"] == "abc" and {"cuda", "torch"} <= found["versions"].keys()
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA A100-SXM4-80GB")
     assert evidence.device_name() == "nvidia-a100-sxm4-80gb"
+
+
+def test_the_commit_of_files_without_their_repository(monkeypatch):
+    monkeypatch.setenv("FUSEDMERGE_COMMIT", "abc")
+    monkeypatch.setattr(evidence, "_run", lambda *_: None)
+    assert (evidence.begin()["git_commit"], evidence.begin()["git_dirty"]) == ("abc", None)
+    monkeypatch.setattr(evidence, "_run", lambda *command: "def" if "rev-parse" in command else "")
+    assert (evidence.begin()["git_commit"], evidence.begin()["git_dirty"]) == ("def", False)
 
 
 @pytest.mark.parametrize(("num_adapters", "k"), [(2, 1), (8, 2), (5, 4)])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+from types import SimpleNamespace
 from typing import Any
+
+import numpy as np
 
 from fusedmerge.backend.device import DeviceSwitch
 from fusedmerge.backend.params import PlanRequest, PlanResult, SwitchSegment
 
-__all__ = ["CudaSwitch", "extension_problem", "gpu_problem", "load_extension"]
+__all__ = ["CudaSwitch", "extension_problem", "gpu_problem", "launch_by_cupy", "load_extension"]
 
 
 def load_extension() -> Any:
@@ -36,6 +39,14 @@ def gpu_problem() -> str | None:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} was built without CUDA"
     return None if torch.cuda.is_available() else "torch finds no GPU"
+
+
+def launch_by_cupy(function: Any, params: ctypes.Structure, size: tuple[int, int, int], stream: int) -> None:
+    """Launch a cupy.RawKernel with (grid, threads, shared bytes) on a stream. Raises what CuPy raises."""
+    grid, threads, shared_bytes = size
+    argument = np.frombuffer(bytes(params), dtype=np.dtype((np.void, ctypes.sizeof(params))))  # CuPy passes its bytes by value
+    # CuPy reads the stream's `ptr` alone; its ExternalStream warns at each use, and goes.
+    function((grid,), (threads,), (argument,), shared_mem=shared_bytes, stream=SimpleNamespace(ptr=stream))
 
 
 class CudaSwitch(DeviceSwitch):

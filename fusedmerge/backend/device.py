@@ -213,6 +213,11 @@ class DeviceSwitch(ABC):
             self._settle()
         return self._held
 
+    @property
+    def is_pending(self) -> bool:
+        """Whether `mixture` would wait for the device."""
+        return self._pending
+
     def apply(self, mixture: Mixture) -> None:
         """Set every segment to `mixture`. An interruption leaves a state that the next call repairs."""
         import torch

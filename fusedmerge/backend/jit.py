@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from fusedmerge.backend.compiler import ENTRY, Kernel, compiled
 from fusedmerge.backend.cpu import Segment
-from fusedmerge.backend.cuda import CudaSwitch, extension_problem, gpu_problem
+from fusedmerge.backend.cuda import CudaSwitch, extension_problem, gpu_problem, launch_by_cupy
 from fusedmerge.backend.device import Group, Numbers
 from fusedmerge.backend.params import BF16, FLOAT32, FP8, FP16, THREADS, SwitchParams
 from fusedmerge.errors import BackendError
@@ -18,7 +15,6 @@ from fusedmerge.errors import BackendError
 __all__ = ["JitSwitch", "problem", "switch_kernel"]
 
 _TYPES = {BF16: "Bf16", FP16: "Fp16", FLOAT32: "float", FP8: "Fp8E4M3"}
-_PARAMS = np.dtype((np.void, ctypes.sizeof(SwitchParams)))  # CuPy passes such an array's bytes by value
 
 
 def problem() -> str | None:
@@ -66,9 +62,9 @@ class JitSwitch(CudaSwitch):
         import cupy
         import torch
 
-        argument = np.frombuffer(bytes(params), dtype=_PARAMS)
-        with torch.cuda.device(self.device), cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream, self.device.index):
+        size = group.plan.grid, THREADS, group.plan.shared_bytes
+        with torch.cuda.device(self.device):
             try:
-                self._kernels[group.numbers]((group.plan.grid,), (THREADS,), (argument,), shared_mem=group.plan.shared_bytes)
+                launch_by_cupy(self._kernels[group.numbers], params, size, torch.cuda.current_stream().cuda_stream)
             except cupy.cuda.driver.CUDADriverError as error:
                 raise BackendError("switch", 'backend "jit"', "a launch", error) from error

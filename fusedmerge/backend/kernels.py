@@ -14,10 +14,8 @@ import math
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from fusedmerge.backend.compiler import ENTRY, Kernel, compiled
-from fusedmerge.backend.cuda import load_extension
+from fusedmerge.backend.cuda import launch_by_cupy, load_extension
 from fusedmerge.backend.params import SimOptions
 from fusedmerge.backend.sim import MULTIPROCESSORS, SHARED_BYTES, library
 from fusedmerge.errors import BackendError
@@ -125,11 +123,12 @@ class JitLauncher(Launcher):
         with torch.cuda.device(self._ordinal):
             function, takes_edge = self._function(kernel)
             stream = torch.cuda.current_stream().cuda_stream
+            size = grid, kernel.threads, shared_bytes
             if programmatic and takes_edge and load_extension().has_cuda():  # CuPy's own launch takes no launch attributes
-                size = grid, kernel.threads, shared_bytes
-                self._call(kernel, load_extension().launch_function, function.kernel.ptr, *size, True, ctypes.addressof(params), stream)
+                launch = load_extension().launch_function
+                self._call(kernel, launch, kernel.name, function.kernel.ptr, *size, True, ctypes.addressof(params), stream)
             else:
-                self._call(kernel, self._launch_plain, function, params, (grid, kernel.threads, shared_bytes), stream)
+                self._call(kernel, launch_by_cupy, function, params, size, stream)
 
     def _function(self, kernel: Kernel) -> tuple[Any, bool]:
         if kernel not in self._functions:
@@ -140,18 +139,10 @@ class JitLauncher(Launcher):
             self._functions[kernel] = function, function.ptx_version >= _PROGRAMMATIC_VERSION
         return self._functions[kernel]
 
-    def _launch_plain(self, _name: str, function: Any, params: ctypes.Structure, size: tuple[int, int, int], stream: int) -> None:
-        import cupy
-
-        grid, threads, shared_bytes = size
-        argument = np.frombuffer(bytes(params), dtype=np.dtype((np.void, ctypes.sizeof(params))))  # CuPy passes its bytes by value
-        with cupy.cuda.ExternalStream(stream, self._ordinal):
-            function((grid,), (threads,), (argument,), shared_mem=shared_bytes)
-
     def _call(self, kernel: Kernel, function: Any, *arguments: Any) -> None:
         import cupy
 
         try:
-            function(kernel.name, *arguments)
+            function(*arguments)
         except (RuntimeError, cupy.cuda.driver.CUDADriverError) as error:
             raise BackendError(kernel.name, 'backend "jit"', "a launch", error) from error

@@ -190,9 +190,14 @@ def errors(run: Run, tokens: torch.Tensor, prompt: int = PROMPT) -> dict[str, fl
     the same routes."""
     import torch
 
-    with replace(run, capture=False).open(tokens.shape[1], len(tokens)) as session, _recorded(run.routers) as routes:
-        found = _decoded(session, tokens, prompt)
-    if run.engine == "decoder" and run.capture and tokens.is_cuda:  # a graph's replays do not pass the routers, but route alike
+    routes: dict[str, list[Any]] = {name: [] for name in run.routers}
+    with replace(run, capture=False).open(tokens.shape[1], len(tokens)) as session:
+        if run.engine == "decoder":  # its kernels choose without calling the routers
+            found = _decoded(session, tokens, prompt, routes)
+        else:
+            with _recorded(run.routers, routes):
+                found = _decoded(session, tokens, prompt)
+    if run.engine == "decoder" and run.capture and tokens.is_cuda:  # a captured step routes alike
         with run.open(tokens.shape[1], len(tokens)) as session:
             found = _decoded(session, tokens, prompt)
     with _played_back(run.routers, routes):
@@ -205,18 +210,22 @@ def errors(run: Run, tokens: torch.Tensor, prompt: int = PROMPT) -> dict[str, fl
     return {"max_error": float(apart.max()), "mean_error": float(apart.mean())}
 
 
-def _decoded(session: Session, tokens: torch.Tensor, prompt: int) -> torch.Tensor:
-    """The logits [B, T - prompt + 1, V] after the prompt and each token."""
+def _decoded(session: Any, tokens: torch.Tensor, prompt: int, routes: Mapping[str, list[Any]] | None = None) -> torch.Tensor:
+    """The logits [B, T - prompt + 1, V] after the prompt and each token; a DecoderSession's choices meanwhile go to `routes`."""
     import torch
 
-    found = [session.prefill(tokens[:, :prompt], None)]
-    return torch.stack([*found, *(session.step(tokens[:, t]).clone() for t in range(prompt, tokens.shape[1]))], dim=1)
+    def noted(logits: torch.Tensor) -> torch.Tensor:
+        for name, choices in (routes or {}).items():
+            choices.append(tuple(part.clone() for part in session.chosen[name]))
+        return logits.clone()
+
+    found = [noted(session.prefill(tokens[:, :prompt], None))]
+    return torch.stack([*found, *(noted(session.step(tokens[:, t])) for t in range(prompt, tokens.shape[1]))], dim=1)
 
 
 @contextmanager
-def _recorded(routers: Mapping[str, Any]) -> Iterator[dict[str, list[Any]]]:
-    """What the routers choose meanwhile, by name."""
-    found: dict[str, list[Any]] = {name: [] for name in routers}
+def _recorded(routers: Mapping[str, Any], found: Mapping[str, list[Any]]) -> Iterator[None]:
+    """What the routers choose meanwhile goes to `found`, by name."""
 
     def recording(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def call(*given: Any) -> Any:
@@ -226,7 +235,7 @@ def _recorded(routers: Mapping[str, Any]) -> Iterator[dict[str, list[Any]]]:
         return call
 
     with _replaced({name: recording(name, router.forward) for name, router in routers.items()}, routers):
-        yield found
+        yield
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,6 +39,7 @@ class DecoderSession:
         self._length = 0  # what `_position` holds, on the host
         self._decode = make(decoder, strategy)
         self._prefill = make(decoder, "fused") if strategy in MERGED else self._decode
+        self._last = self._prefill
         self._graph: StepGraph | None = None
         self._captures = capture and decoder.device.type == "cuda" and (batch == 1 or strategy not in MERGED)
 
@@ -48,6 +49,7 @@ class DecoderSession:
         self._decode.restore()
         self.cache.padding.copy_(torch.zeros_like(self.cache.padding) if padding is None else padding)
         self.cache.is_fresh = True
+        self._last = self._prefill
         positions = self.cache.slots[: tokens.shape[1]]  # [T]
         hidden = self.decoder.hidden(tokens, self.cache, positions, tokens.shape[1], self._prefill)  # [B, T, hidden]
         self.cache.is_fresh = False
@@ -58,6 +60,7 @@ class DecoderSession:
         """The logits [B, V] after one more token of each row, tokens [B]. The next step overwrites them."""
         self._reserve("step", self._length, 1)
         self._tokens.copy_(tokens[:, None])
+        self._last = self._decode
         if self._captures and self._graph is None:
             self._graph = StepGraph(self._step, lambda: self._position.fill_(self._length - 1))
         if self._graph is not None:
@@ -65,6 +68,11 @@ class DecoderSession:
         else:
             self._step()
         return self._logits
+
+    @property
+    def chosen(self) -> Mapping[str | None, tuple[Tensor, Tensor]]:
+        """What each router chose in the last prefill or step: ids [B, T, k] and gates [B, T, k]. Empty for a backbone."""
+        return self._last.chosen
 
     def _step(self) -> None:
         """Reads `_tokens` and `_position`; writes the cache, `_logits`, and the next `_position`."""

@@ -26,6 +26,7 @@ class Apply:
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
+        self.chosen: dict[str | None, tuple[Tensor, Tensor]] = {}  # by each router that was asked in this forward
 
     def start(self, tokens: Tensor, cache: Cache) -> None:
         """A forward of tokens [B, T] begins."""
@@ -66,7 +67,6 @@ class Routed(Apply):
         super().__init__(decoder)
         assert decoder.experts is not None
         self.experts = decoder.experts
-        self.chosen: dict[str | None, tuple[Tensor, Tensor]] = {}
         self._static: dict[torch.Size, tuple[Tensor, Tensor]] = {}
 
     def start(self, tokens: Tensor, cache: Cache) -> None:

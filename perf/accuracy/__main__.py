@@ -29,7 +29,7 @@ from perf.evidence import begin, head, write_content
 
 ROOT = Path(__file__).resolve().parents[2]
 # A change in any of these begins anew: runs of different code are never mixed.
-SOURCES = ["perf/accuracy/data.py", "perf/accuracy/methods.py", "perf/accuracy/run.py", "fusedmerge/ops.py", "fusedmerge/moe"]
+SOURCES = ["perf/accuracy/data.py", "perf/accuracy/methods.py", "perf/accuracy/run.py", "fusedmerge/ops", "fusedmerge/moe"]
 
 
 def main() -> int:
