@@ -324,10 +324,13 @@ void decode(const std::string& opcode, Instruction& instruction) {
         instruction.action = vote;
         return;
     }
-    if (name == "membar" || name == "createpolicy" || opcode == "griddepcontrol.launch_dependents") {
+    if (name == "membar" || name == "createpolicy" || opcode == "prefetch.global.L2" || opcode == "griddepcontrol.launch_dependents") {
         instruction.action = [](Step&) {};
     } else if (opcode == "griddepcontrol.wait") {
-        instruction.action = [](Step&) { sim::reveal(); };
+        instruction.action = [](Step& step) {
+            step.warp.waited |= step.mask;
+            sim::reveal();
+        };
     } else if (opcode == "bar.warp.sync") {
         instruction.kind = Kind::kTogether;
         instruction.action = [](Step&) {};

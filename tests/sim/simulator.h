@@ -38,9 +38,13 @@ bool block_barrier(bool value);  // true where any thread of the block brought t
 int atomic_add(int* where, int value);
 void atomic_or(int* where, int value);
 
-// The next launch finds these bytes to be NaN until a thread of it calls grid_wait: what an earlier kernel has yet to write.
+// The next launch finds these bytes to be NaN until a thread of it calls grid_wait: what an earlier kernel has yet to write. It fails where
+// a thread ends that did not call it: the launch could end before that kernel.
 void hide(void* from, long long num_bytes);
 void grid_wait();
+
+// Reads a byte, for AddressSanitizer to see.
+void touch(const void* from);
 
 void copy_async(void* shared, const void* global, int size, int num_bytes);
 void copy_async_commit();

@@ -211,6 +211,7 @@ struct ShrinkWarp {
 template <class Number, int kRanks>
 FM_DEVICE void run_sgmv_shrink(const SgmvParams& params) {
     constexpr int kGroups = kThreads / kWarpLanes;
+    launch_dependents();
     const int num_groups = params.groups.totals->shrink_groups;
     const int num_parts = (params.cols + kPartCols - 1) / kPartCols;
     const bool split = params.num_parts > 1;
@@ -233,9 +234,11 @@ FM_DEVICE void run_sgmv_shrink(const SgmvParams& params) {
     }
 }
 
-// Where z is in parts, few pairs: adds them in order, and splits the sums. Up to 16 lanes have a pair's 64 ranks, four each.
+// Where z is in parts, few pairs: adds them in order, and splits the sums. Up to 16 lanes have a pair's 64 ranks, four each. Pairs, ranks
+// and scaling are older than the shrink, and are read before the wait.
 template <class Number>
 FM_DEVICE void run_sgmv_sum(const SgmvParams& params) {
+    launch_dependents();
     const int num_pairs = params.groups.totals->pairs;
     const int lane = thread_index() % kWarpLanes;
     for (int t = 0; t < params.num_targets; ++t) {
@@ -254,6 +257,7 @@ FM_DEVICE void run_sgmv_sum(const SgmvParams& params) {
             const float gate = multiply(pair.gate, scaling_of(target, pair.expert));
             Floats4 sum = {};
             float size = 0.0f;
+            grid_wait();  // the shrink's parts are there
             if (exists) {
                 const float* terms = target.parts + static_cast<long long>(position) * target.z_stride + rank;
                 FM_UNROLL_4
@@ -282,6 +286,7 @@ FM_DEVICE void run_sgmv_sum(const SgmvParams& params) {
             if (rank % kManyRanks == 0) target.inverses[static_cast<long long>(block) * params.num_places + pair.place] = inverse;
         }
     }
+    grid_wait();  // threads that have no pair, too: where the sum has ended, so has the shrink
 }
 
 }  // namespace fusedmerge
