@@ -59,6 +59,8 @@ PROTOCOL = [
     ("group.cuh", "slots[i] % kThreads == thread_index()", "true", "all threads count every expert"),
     ("group.cuh", "if (second == kNoExpert) second = lowest;", "", "a token with one expert has a bucket that does not exist"),
     ("group.cuh", "(same && other < i)", "false", "an expert's pairs share one place in a tile"),
+    ("group.cuh", "start.pair + before.pairs", "start.pair", "every chunk's pairs begin at the expert's first place"),
+    ("group.cuh", "const int begin = i / tile_slots * tile_slots;", "const int begin = 0;", "the tiles of a block are one"),
     ("sgmv_shrink.cuh", "const bool split = params.num_parts > 1;", "const bool split = false;", "every part is the sum of all"),
     ("sgmv_shrink.cuh", "clear(chain);", "", "a part begins with the one before"),
     ("sgmv_split.cuh", "127 + 14 + 127 - exponent < 253 ? 127 + 14 + 127 - exponent : 253;", "127;", "z leaves the range of fp16"),
