@@ -95,7 +95,7 @@ class Target(NamedTuple):
 
 
 def group_tokens(backend: str | Launcher, ids: torch.Tensor, gates: torch.Tensor, num_adapters: int) -> Groups:
-    """Sort tokens by expert, on the device: four launches, or one for few pairs (at most GROUP_TOKENS tokens with _SMALL_PAIRS slots).
+    """Sort tokens by expert, on the device: four launches, or one for up to 256 tokens with 1024 slots in all.
 
     ids int32 [T, k] (outside [0, N): no expert), gates float32 [T, k], both contiguous. A token's equal ids count once, with the sum of
     their gates; a sum of 0 is no expert. Raises InvalidValueError for more than MAX_ADAPTERS adapters or MAX_SLOTS slots.

@@ -8,7 +8,7 @@
 // A tile is tile_rows tokens; its pairs are ordered by expert, so tensor cores see rows that share B, whatever each token chose. Their
 // products go to the token's row of sums. Nobody but the warp touches its columns: no block barrier.
 //
-//   prefetch B into L2 | wait for z
+//   ask for y, and B if tokens are few, in L2 | wait for z
 //   for each expert of the tile, 64 ranks:  load B | for 8 pairs:  load z of the next 8 | mma | sums[row] += products, or = where it is the
 //   first for each 32 rows:  load four rows of y | y = round(y + sums)
 //
@@ -28,6 +28,7 @@ template <class Number, int kRanks>
 struct ExpandWarp {
     static constexpr int kBlocks = kRanks / 16;
     static constexpr int kExpandSteps = kRanks == kFewRanks ? 2 : 1;  // operands of 8 pairs that are under way
+    static constexpr int kFewRows = 16;                               // of a tile: up to 368 tokens, whose B is not yet in L2
 
     // What a lane needs of up to 8 pairs of one expert: of pair g.
     struct Operands {
@@ -88,11 +89,30 @@ struct ExpandWarp {
           first_place(tile * groups.tile_rows * groups.num_slots),
           sums(reinterpret_cast<float*>(shared_memory()) + thread_index() / kWarpLanes * groups.tile_rows * kWarpCols) {}
 
-    // Before z is there: the warp's rows of B, a row a lane, for the experts of the tile's first 32 pairs come into L2 together. Experts
-    // follow one another in run(), each with a round trip to where its B is.
+    // Before z is there: what the warp will need of y, and of B where tiles are small and few, comes into L2.
     FM_DEVICE void prefetch() {
+        prefetch_rows();
+        if (groups.tile_rows <= kFewRows) prefetch_factors();
+    }
+
+    // y is read last: from memory while the products run.
+    FM_DEVICE void prefetch_rows() {
+        FM_NO_UNROLL
+        for (int row = thread_index() % kWarpLanes; row < num_rows; row += kWarpLanes) {
+            const int token = groups.tile_tokens[tile_idx * groups.tile_rows + row];
+            const Number* from = static_cast<const Number*>(target.y) + token * target.y_stride + col;
+            FM_UNROLL
+            for (int c = 0; c < kWarpCols; c += 16) {
+                if (col + c < target.out) prefetch_32(from + c);
+            }
+        }
+    }
+
+    // A row a lane, for the experts of the tile's first 32 pairs: run() takes them one after the other, a round trip to B for each.
+    FM_DEVICE void prefetch_factors() {
         const int lane = thread_index() % kWarpLanes;
-        const int count = groups.tile_counts[tile_idx] < kWarpLanes ? groups.tile_counts[tile_idx] : kWarpLanes;
+        const int pairs = groups.tile_counts[tile_idx];
+        const int count = pairs < kWarpLanes ? pairs : kWarpLanes;
         if (count == 0) return;
         const TilePair own = groups.tile_pairs[first_place + (lane < count ? lane : 0)];
         const int own_rank = rank_of(target, own.expert);
@@ -102,7 +122,7 @@ struct ExpandWarp {
             const Number* factor = row + static_cast<int>(shuffle(static_cast<unsigned>(own.expert), i)) * target.b_adapter_stride;
             const int rank = static_cast<int>(shuffle(static_cast<unsigned>(own_rank), i));
             FM_NO_UNROLL
-            for (int r = 0; r < rank; r += kRankStep) prefetch_32(factor + r);
+            for (int r = 0; r < rank; r += 16) prefetch_32(factor + r);
         }
     }
 
