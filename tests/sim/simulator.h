@@ -56,6 +56,7 @@ void multiply_accumulate(float (&c)[4], const unsigned (&a)[4], const unsigned (
 void warp_barrier();
 unsigned shuffle_xor(unsigned value, int mask);  // what the lane whose number differs by the mask's bits brought
 unsigned shuffle(unsigned value, int lane);      // what a lane brought
+unsigned equal_lanes(unsigned value);            // those that brought this value
 
 void load_aligned(unsigned* words, const void* from, int num_bytes, unsigned long long policy);
 void store_aligned(void* to, const unsigned* words, int num_bytes, unsigned long long policy);

@@ -5,7 +5,8 @@
 //   | by position | [T k]                | token, gate ... of each pair, ascending (expert, token) |
 //   | by tile     | [tiles, tile_rows k] | the pairs of tile_rows tokens, ascending (expert, row)  |
 //
-// Four launches of kThreads threads, none of which waits for the host; no atomics: an index is counted by one thread, in token order.
+// Four launches of kThreads threads, none of which waits for the host; no atomics: a chunk's indices are counted by one warp, in token
+// order.
 //
 //   group_histogram  a block for each chunk of kGroupTokens tokens: pairs of each expert, tokens of each key
 //   group_scan       one block: exclusive sums over chunks, then over experts and keys
@@ -93,19 +94,32 @@ struct Chunk {
         token_keys[thread_index()] = key < 0 ? key : key + bucket(second, params.second_buckets);
     }
 
-    // This thread's indices are those that equal its own modulo kThreads. Counts their pairs and tokens in order; places are where the
-    // counts stood before.
+    // One warp counts pairs, another one tokens.
     FM_DEVICE void count() {
         load_slots();
         for (int e = thread_index(); e < params.num_indices; e += kThreads) counts[e] = {0, 0};
         block_barrier();  // every thread's slots are there
-        FM_UNROLL_4
-        for (int i = 0; i < num_tokens * num_slots; ++i) {
-            if (slots[i] >= 0 && slots[i] % kThreads == thread_index()) places[i] = counts[slots[i]].pairs++;
+        if (thread_index() / kWarpLanes == 0) {
+            walk(slots, places, num_tokens * num_slots, &counts->pairs);
+        } else if (thread_index() / kWarpLanes == 1) {
+            walk(token_keys, token_places, num_tokens, &counts->tokens);
         }
-        FM_UNROLL_4
-        for (int i = 0; i < num_tokens; ++i) {
-            if (token_keys[i] >= 0 && token_keys[i] % kThreads == thread_index()) token_places[i] = counts[token_keys[i]].tokens++;
+        block_barrier();  // every pair and token has its place, every index its count
+    }
+
+    // In order, 32 at once: a place is where the count of its index stood, and then how many lower lanes have the same index. Every other
+    // int is a count of this kind.
+    FM_DEVICE void walk(const int* indices, int* places_of, int num, int* counts_of) {
+        const int lane = thread_index() % kWarpLanes;
+        FM_NO_UNROLL
+        for (int first = 0; first < num; first += kWarpLanes) {
+            const int index = first + lane < num ? indices[first + lane] : -1;
+            const int before = index < 0 ? 0 : counts_of[2 * index];
+            const unsigned equal = equal_lanes(static_cast<unsigned>(index));
+            const int lower = count_bits(equal & ((1u << lane) - 1));
+            if (index >= 0) places_of[first + lane] = before + lower;
+            if (index >= 0 && lower == 0) counts_of[2 * index] = before + count_bits(equal);
+            warp_barrier();  // the counts are there for the next 32
         }
     }
 
@@ -248,7 +262,6 @@ FM_DEVICE void run_group_scatter(const GroupParams& params) {
     Chunk chunk(params);
     chunk.count();
     grid_wait();
-    block_barrier();  // every pair and token has its place
     chunk.scatter();
 }
 

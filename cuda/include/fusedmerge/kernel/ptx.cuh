@@ -101,6 +101,13 @@ FM_DEVICE unsigned shuffle(unsigned value, int lane) {
     return other;
 }
 
+// Warp-wide: which lanes brought the same value.
+FM_DEVICE unsigned equal_lanes(unsigned value) {
+    unsigned lanes = 0;
+    FM_PTX(asm volatile("match.any.sync.b32 %0, %1, 0xffffffff;" : "=r"(lanes) : "r"(value)), lanes = sim::equal_lanes(value));
+    return lanes;
+}
+
 // Programmatic launches. What the stream's earlier kernels wrote may be read, and anything be written, only after grid_wait; the next
 // kernel may start once every block of this one has called launch_dependents or ended. Without a programmatic launch both do nothing.
 FM_DEVICE void grid_wait() { FM_PTX_90(asm volatile("griddepcontrol.wait;" ::: "memory"), sim::grid_wait()); }
