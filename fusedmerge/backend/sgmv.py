@@ -44,9 +44,7 @@ MAX_ADAPTERS = 4096  # N of one call: a grouping block counts them in shared mem
 _WARPS = 8  # of a block
 _MAX_TILE_ROWS = 96
 _MAX_TILE_SLOTS = 1024  # a tile's slots are ordered by counting
-_SMALL_PAIRS = (
-    4 * GROUP_TOKENS
-)  # of a batch that one block groups: four slots a thread to be ordered; more are better off in blocks by tile
+_SMALL_PAIRS = 4 * GROUP_TOKENS  # of a batch that one block groups; beyond, tiles are better ordered by a block each
 _ROW_BYTES = 4 * EXPAND_COLS  # of shared memory for a row of a tile
 _MAX_BUCKETS = 64  # squared: MAX_ADAPTERS
 _WAVES = 32  # blocks of a grid for each multiprocessor at most; blocks walk the rest

@@ -14,7 +14,7 @@
 //   group_tiles      a block for each tile: its pairs by expert (rank by counting)
 //
 // All but the first are launched programmatically: a scatter has its chunk's places before it waits for the starts. One chunk of few pairs
-// takes one launch of one block, group_small, which goes the same steps between barriers.
+// takes one launch of one block, group_small: the same steps, between barriers.
 //
 // Shared memory of a block: 8 kGroupTokens (k + 1) + 8 indices bytes (histogram, scatter), 16 kThreads (scan), 4 tile_rows k (tiles);
 // small: as the first, and at least 16 kThreads in place of 8 indices, for up to 4 kThreads slots.
@@ -107,8 +107,8 @@ struct Chunk {
         block_barrier();  // every pair and token has its place, every index its count
     }
 
-    // In order, 32 at once: a place is where the count of its index stood, and then how many lower lanes have the same index. Every other
-    // int is a count of this kind.
+    // By one warp, in order, 32 at once: a place is where the count of its index stood, and then how many lower lanes have the same index.
+    // counts_of: pairs or tokens of the first GroupCount, which is two ints.
     FM_DEVICE void walk(const int* indices, int* places_of, int num, int* counts_of) {
         const int lane = thread_index() % kWarpLanes;
         FM_NO_UNROLL

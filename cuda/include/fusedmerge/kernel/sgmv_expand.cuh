@@ -312,7 +312,7 @@ FM_DEVICE void run_expand_unit(const SgmvParams& params, int unit, int num_tiles
     }
 }
 
-// Groups, ranks and B are older than the shrink, and are read before the wait; z and inverses are not.
+// Groups, ranks, B and y are older than the shrink, and may be read before the wait; z and inverses may not.
 template <class Number, int kRanks>
 FM_DEVICE void run_sgmv_expand(const SgmvParams& params) {
     const int num_tiles = (params.groups.totals->tokens + params.groups.tile_rows - 1) / params.groups.tile_rows;
