@@ -38,7 +38,7 @@ class Family:
 SWITCH = Family(("tests/test_sim_switch.py",), "interface")
 LINEAR = Family(("tests/test_sim_linear.py", "tests/test_linear.py"), "kernels_linear")
 LINEAR_FILES = ("route.cuh", "products.cuh", "source.cuh", "prologue.cuh", "expand.cuh", "gemv.cuh", "lora_linear.cuh")
-SGMV = Family(("tests/test_sim_sgmv.py",), "kernels_sgmv")
+SGMV = Family(("tests/test_sim_group.py", "tests/test_sim_sgmv.py"), "kernels_sgmv")
 SGMV_FILES = ("group.cuh", "sgmv_split.cuh", "sgmv_shrink.cuh", "sgmv_expand.cuh", "sgmv.cuh")
 FAMILIES = dict.fromkeys(LINEAR_FILES, LINEAR) | dict.fromkeys(SGMV_FILES, SGMV)  # the other files: SWITCH
 
