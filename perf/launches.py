@@ -13,7 +13,7 @@ from perf.backbones import LLAMA_2_7B
 
 __all__ = ["MULTIPROCESSORS", "Launch", "launches"]
 
-MULTIPROCESSORS, TOKENS, ADAPTERS, SLOTS, RANK, FEW_RANKS = 132, 4096, 8, 2, 64, 16
+MULTIPROCESSORS, TOKENS, FEW_TOKENS, ADAPTERS, SLOTS, RANK, FEW_RANKS = 132, 4096, 64, 8, 2, 64, 16
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Recorder(Launcher):
 
 
 def launches(shared_bytes_limit: int) -> list[Launch]:
-    """Every kernel once: a layer of Llama-2-7B, top-2 of 8 adapters of rank 64, bf16; 1, 16 and 4096 tokens; for the latter
-    rank 16, too."""
+    """Every kernel once: a layer of Llama-2-7B, top-2 of 8 adapters of rank 64, bf16; 1, 16 and 4096 tokens; for the latter rank 16, too;
+    64 tokens are grouped, too."""
     import torch
 
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -58,9 +58,9 @@ def launches(shared_bytes_limit: int) -> list[Launch]:
     for count in (1, 16):
         known = linear.Known(empty(count, SLOTS, dtype=torch.int32), empty(count, SLOTS, dtype=torch.float32))
         linear.decode_group(note, empty(count, hidden), [linear.Target(weight, a, b)] * 3, known)
-    many = empty(TOKENS, SLOTS, dtype=torch.int32), empty(TOKENS, SLOTS, dtype=torch.float32)
     x = empty(TOKENS, hidden)
-    groups = sgmv.group_tokens(note, *many, ADAPTERS)
+    for count in (FEW_TOKENS, TOKENS):
+        groups = sgmv.group_tokens(note, empty(count, SLOTS, dtype=torch.int32), empty(count, SLOTS, dtype=torch.float32), ADAPTERS)
     for rank in (RANK, FEW_RANKS):
         target = sgmv.Target(empty(TOKENS, hidden), empty(ADAPTERS, rank, hidden), empty(ADAPTERS, hidden, rank))
         sgmv.add_to_targets(note, x, [target], groups)

@@ -38,7 +38,7 @@ follows from it: [tuning](../tuning.md).
 
 - Architectures: registers of a thread, shared memory of a block; the blocks that a multiprocessor holds at once, and what allows no more.
 - asked: blocks that the grid has for each of 132 multiprocessors. Llama-2-7B, bf16, top-2 of 8 adapters, r = 64; 1, 16 (`_16`) and 4096
-  tokens (`group`, `sgmv`: r = 16, 64 by name); a layer for the switch.
+  tokens (`group`, `sgmv`: r = 16, 64 by name; `group_small`: 64); a layer for the switch.
 - loads a lane: under way at once, by the constants of the kernel's header and by the scoreboards of its sm_90a machine code (the fewer
   count; one number: `cp.async`, or B and A read by several warps). KB in flight: of a multiprocessor.
 - H200 and H100: these bytes, with what is stored for them, over the assumed latency under load, as a share of the data sheet's bandwidth

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from fusedmerge.backend import compiler, params, sgmv, sgmv_params
+from fusedmerge.backend.kernels import launcher
 from tests.conftest import ON_GPU, ON_HOST, use_gpu, use_host
+from tests.test_gpu_linear import Plain
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -100,7 +102,7 @@ def test_a_prefill(on_gpu, rng, popularity):
     mixtures.check(batch, batch.run(on_gpu))
 
 
-@pytest.mark.parametrize(("tokens", "slots", "adapters"), [(16384, 8, 4096), (5000, 2, 8), (17, 32, 4096)])
+@pytest.mark.parametrize(("tokens", "slots", "adapters"), [(16384, 8, 4096), (5000, 2, 8), (17, 32, 4096), (256, 4, 64)])
 def test_groups(on_gpu, rng, tokens, slots, adapters):
     ids = mixtures.choose_ids(rng, "zipf", tokens, slots, adapters).cuda()
     gates = torch.from_numpy(rng.standard_normal(ids.shape)).float().cuda()
@@ -139,6 +141,24 @@ def test_nothing_waits_for_the_device(on_gpu, rng):
             torch.cuda.set_sync_debug_mode("default")
         torch.cuda.current_stream().synchronize()
     mixtures.check(batch, y)
+
+
+@pytest.mark.parametrize("tokens", [17, 64, 300, 2000])
+def test_long_chains_have_the_same_bits_with_and_without_edges(on_gpu, rng, tokens):
+    """Each layer groups anew, by other ids, in memory that the last one used, and reads what the last one wrote."""
+    layers = [make_batch(rng, tokens, 512, 512, 40, adapters=1 + 7 * (i % 3)) for i in range(6)] * 8
+    where = launcher(on_gpu, torch.device("cuda"))
+
+    def chain(how):
+        x = layers[0].x
+        for layer in layers:
+            x = replace(layer, x=x / x.abs().max()).run(how)
+        return x
+
+    expected = chain(Plain(where))
+    assert torch.isfinite(expected).all()
+    for _ in range(20):
+        assert torch.equal(chain(where), expected)
 
 
 def test_the_same_bits_every_time(on_gpu, rng):

@@ -1,4 +1,4 @@
-"""The grouping and SGMV kernels' own sources on the host simulator, against float64: groups, values, bits, addresses."""
+"""The SGMV kernels' own sources on the host simulator, against float64: values, bits, addresses."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ import mixtures
 import numpy as np
 import pytest
 import torch
-from mixtures import POPULARITIES, check, choose_ids, make_batch, strided
+from mixtures import POPULARITIES, Device, check, make_batch, strided
 
 from fusedmerge.backend import sgmv
-from fusedmerge.backend.kernels import SimLauncher
-from fusedmerge.backend.params import SimOptions
 from tests import kit
 from tests.conftest import ON_HOST, use_host
 
@@ -29,59 +27,8 @@ def on_host(request, monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
-class Device(SimLauncher):
-    """A simulated device of another size, which may run its blocks' walks on another grid."""
-
-    def __init__(self, order=0, core=1, blocks=2, seed=1, grid=None, multiprocessors=4, shared=99 << 10):
-        super().__init__(SimOptions(order, core, 0, blocks, seed))
-        self.grid, self.num_multiprocessors, self.shared_bytes_limit = grid, multiprocessors, shared
-        self.launches = []
-
-    def launch(self, kernel, params, grid, shared_bytes, programmatic=False):
-        self.launches.append(kernel.name)
-        walks = kernel.name.startswith("sgmv") and self.grid is not None
-        super().launch(kernel, params, self.grid if walks else grid, shared_bytes, programmatic)
-
-
 def bits(tensor):
     return tensor.contiguous().view(torch.int16).numpy().tobytes()
-
-
-# ---- groups ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("order", [0, 1, 2])
-@pytest.mark.parametrize(("popularity", "tokens", "slots", "adapters"), [*((p, 70, 2, 5) for p in POPULARITIES), ("zipf", 600, 3, 300)])
-def test_groups(rng, popularity, tokens, slots, adapters, order):
-    batch = make_batch(rng, tokens, 1, 1, 1, slots=slots, adapters=adapters, popularity=popularity)
-    batch.gates[5] = 0.0
-    groups = sgmv.group_tokens(Device(order, seed=order), batch.ids, batch.gates, adapters)
-    mixtures.check_groups(groups, batch.ids, batch.gates)
-
-
-def test_groups_of_unusual_slots():
-    """Duplicates add in slot order; ids that do not exist, and sums of zero, are no pairs; a gate that is not finite is one."""
-    big = 2**31 - 1
-    ids = [[1, 1, 2], [2, -1, 2], [3, 0, 0], [-1, -1, -1], [4, -7, big], [0, 1, 0], [2, 2, 2], [1, 0, 3]]
-    gates = [[0.5, 0.25, 1], [1, 9, -1], [1, 1, 2], [1, 1, 1], [1, 1, 1], [2, 0, -2], [3, 1, -2], [torch.nan, torch.inf, 1]]
-    given = torch.tensor(ids, dtype=torch.int32), torch.tensor(gates, dtype=torch.float32)
-    groups = sgmv.group_tokens("sim", *given, 4)
-    mixtures.check_groups(groups, *given)
-    assert mixtures.read(groups, "totals", 4)[:2].tolist() == [8, 4]
-
-
-@pytest.mark.parametrize(("tokens", "slots", "adapters"), [(1, 1, 1), (256, 1, 1), (257, 32, 4096), (3000, 8, 4096)])
-def test_groups_of_every_size(rng, tokens, slots, adapters):
-    ids = choose_ids(rng, "zipf", tokens, slots, adapters)
-    gates = torch.from_numpy(rng.standard_normal(ids.shape)).float()
-    mixtures.check_groups(sgmv.group_tokens("sim", ids, gates, adapters), ids, gates)
-
-
-@pytest.mark.slow
-def test_groups_of_a_long_prefill(rng):
-    ids = choose_ids(rng, "zipf", 16384, 8, 4096)
-    gates = torch.from_numpy(rng.standard_normal(ids.shape)).float()
-    mixtures.check_groups(sgmv.group_tokens("sim", ids, gates, 4096), ids, gates)
 
 
 # ---- values ----------------------------------------------------------------------------------------------------------
@@ -248,7 +195,7 @@ def test_columns_of_packed_outputs(rng, odd):
         at += width + 8
     device = Device()
     sgmv.add_to_targets(device, base.x, targets, sgmv.group_tokens(device, base.ids, base.gates, 4))
-    assert device.launches[4:] == ["sgmv_shrink_bf16_64", "sgmv_expand_bf16_64"]
+    assert device.launches == ["group_small", "sgmv_shrink_bf16_64", "sgmv_expand_bf16_64"]
     for own, first in batches:
         check(own, packed[:, first : first + own.y.shape[1]])
         gap = slice(first + own.y.shape[1], first + own.y.shape[1] + 8)

@@ -9,12 +9,14 @@ FM_KERNEL(kThreads) group_histogram_kernel(const GroupParams params) { run_group
 FM_KERNEL(kThreads) group_scan_kernel(const GroupParams params) { run_group_scan(params); }
 FM_KERNEL(kThreads) group_scatter_kernel(const GroupParams params) { run_group_scatter(params); }
 FM_KERNEL(kThreads) group_tiles_kernel(const GroupParams params) { run_group_tiles(params); }
+FM_KERNEL(kThreads) group_small_kernel(const GroupParams params) { run_group_small(params); }
 
 const NamedKernel kKernels[] = {
     named_kernel<GroupParams, group_histogram_kernel>("group_histogram", kThreads),
     named_kernel<GroupParams, group_scan_kernel>("group_scan", kThreads),
     named_kernel<GroupParams, group_scatter_kernel>("group_scatter", kThreads),
     named_kernel<GroupParams, group_tiles_kernel>("group_tiles", kThreads),
+    named_kernel<GroupParams, group_small_kernel>("group_small", kThreads),
     named_kernel<SgmvParams, sgmv_shrink_kernel<Bf16, kFewRanks>>("sgmv_shrink_bf16_16", kThreads),
     named_kernel<SgmvParams, sgmv_shrink_kernel<Bf16, kManyRanks>>("sgmv_shrink_bf16_64", kThreads),
     named_kernel<SgmvParams, sgmv_shrink_kernel<Fp16, kFewRanks>>("sgmv_shrink_fp16_16", kThreads),

@@ -44,6 +44,7 @@ MAX_ADAPTERS = 4096  # N of one call: a grouping block counts them in shared mem
 _WARPS = 8  # of a block
 _MAX_TILE_ROWS = 96
 _MAX_TILE_SLOTS = 1024  # a tile's slots are ordered by counting
+_SMALL_PAIRS = 4 * GROUP_TOKENS  # of a batch that one block groups; beyond, tiles are better ordered by a block each
 _ROW_BYTES = 4 * EXPAND_COLS  # of shared memory for a row of a tile
 _MAX_BUCKETS = 64  # squared: MAX_ADAPTERS
 _WAVES = 32  # blocks of a grid for each multiprocessor at most; blocks walk the rest
@@ -92,7 +93,7 @@ class Target(NamedTuple):
 
 
 def group_tokens(backend: str | Launcher, ids: torch.Tensor, gates: torch.Tensor, num_adapters: int) -> Groups:
-    """Sort tokens by expert, on the device: four launches.
+    """Sort tokens by expert, on the device: four launches, or one for up to 256 tokens with 1024 slots in all.
 
     ids int32 [T, k] (outside [0, N): no expert), gates float32 [T, k], both contiguous. A token's equal ids count once, with the sum of
     their gates; a sum of 0 is no expert. Raises InvalidValueError for more than MAX_ADAPTERS adapters or MAX_SLOTS slots.
@@ -123,11 +124,14 @@ def group_tokens(backend: str | Launcher, ids: torch.Tensor, gates: torch.Tensor
         setattr(groups.device if (name, size) in shared else params, name, at)
         at += _ceil(size, 4) * 16
     params.groups = groups.device
-    chunk_bytes = 8 * GROUP_TOKENS * (num_slots + 1) + 8 * indices
-    on.launch(_kernel("group_histogram"), params, chunks, chunk_bytes)
-    on.launch(_kernel("group_scan"), params, 1, 16 * GROUP_TOKENS)
-    on.launch(_kernel("group_scatter"), params, chunks, chunk_bytes)
-    on.launch(_kernel("group_tiles"), params, groups.max_tiles, 4 * rows * num_slots)
+    place_bytes, scan_bytes = 8 * GROUP_TOKENS * (num_slots + 1), 16 * GROUP_TOKENS
+    if chunks == 1 and pairs <= _SMALL_PAIRS:
+        on.launch(_kernel("group_small"), params, 1, place_bytes + max(8 * indices, scan_bytes))
+    else:
+        on.launch(_kernel("group_histogram"), params, chunks, place_bytes + 8 * indices)
+        on.launch(_kernel("group_scan"), params, 1, scan_bytes, programmatic=True)
+        on.launch(_kernel("group_scatter"), params, chunks, place_bytes + 8 * indices, programmatic=True)
+        on.launch(_kernel("group_tiles"), params, groups.max_tiles, 4 * rows * num_slots, programmatic=True)
     return replace(groups, memory=memory)
 
 
@@ -193,10 +197,10 @@ def _launch(on: Launcher, x: torch.Tensor, targets: Sequence[Target], groups: Gr
     waves = _WAVES * on.num_multiprocessors
     on.launch(_kernel("sgmv_shrink", x.dtype, held), params, min(_ceil(groups.max_groups, _WARPS) * rank_blocks * parts, waves), 0)
     if parts > 1:
-        on.launch(_kernel("sgmv_sum", x.dtype), params, min(_ceil(groups.num_pairs * max(strides), 1024), waves), 0)
+        on.launch(_kernel("sgmv_sum", x.dtype), params, min(_ceil(groups.num_pairs * max(strides), 1024), waves), 0, programmatic=True)
     strips = sum(_ceil(target.b.shape[1], EXPAND_COLS) for target in targets)
     shared_bytes = groups.device.tile_rows * _ROW_BYTES
-    on.launch(_kernel("sgmv_expand", x.dtype, held), params, min(groups.max_tiles * strips, waves), shared_bytes)
+    on.launch(_kernel("sgmv_expand", x.dtype, held), params, min(groups.max_tiles * strips, waves), shared_bytes, programmatic=True)
 
 
 def _describe(target: Target, x: torch.Tensor, z_stride: int) -> SgmvTarget:

@@ -42,6 +42,7 @@ struct Fiber {
     int thread = 0;
     State state = State::kReady;
     bool started = false;
+    bool waited = false;  // for earlier kernels
     ucontext_t context;
     jmp_buf point;
     std::unique_ptr<Stack> stack;
@@ -86,6 +87,7 @@ struct Machine {
     const void* argument = nullptr;
     int num_blocks = 0;
     int num_threads = 0;
+    bool waits = false;  // something is hidden
     Options options{};
     std::mt19937 random;
     std::string error;
@@ -111,8 +113,10 @@ void perform(const Copy& copy);
 // Every lane's c += a b of a warp.
 void multiply_warp(Warp& warp, bool bf16, int tensor_core);
 
-// What `hide` named becomes NaN; and comes back, once.
-void conceal();
+// What `hide` named becomes NaN (false: nothing did); and comes back, once.
+bool conceal();
 void reveal();
+
+constexpr const char* kNeverWaited = "ended without having waited for the kernel before";
 
 }  // namespace fusedmerge::sim

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,9 @@ import torch
 
 from fusedmerge import reference
 from fusedmerge.backend import sgmv
-from fusedmerge.backend.kernels import Launcher
+from fusedmerge.backend.compiler import Kernel
+from fusedmerge.backend.kernels import Launcher, SimLauncher
+from fusedmerge.backend.params import SimOptions
 from fusedmerge.backend.sgmv_params import SHRINK_PAIRS
 
 POPULARITIES = ("distinct", "uniform", "zipf", "skewed", "identical")
@@ -64,6 +67,32 @@ class Batch:
         groups = groups or sgmv.group_tokens(backend, self.ids, self.gates, len(self.a))
         sgmv.add_to_targets(backend, self.x, [sgmv.Target(y, self.a, self.b, self.scaling, self.ranks)], groups)
         return y
+
+
+class Device(SimLauncher):
+    """A simulated device of another size, which may run its blocks' walks on another grid."""
+
+    def __init__(
+        self,
+        order: int = 0,
+        core: int = 1,
+        blocks: int = 2,
+        seed: int = 1,
+        grid: int | None = None,
+        multiprocessors: int = 4,
+        shared: int = 99 << 10,
+    ) -> None:
+        super().__init__(SimOptions(order, core, 0, blocks, seed))
+        self.grid, self.num_multiprocessors, self.shared_bytes_limit = grid, multiprocessors, shared
+        self.launches: list[str] = []
+        self.edges: list[bool] = []
+
+    def launch(self, kernel: Kernel, params: ctypes.Structure, grid: int, shared_bytes: int, programmatic: bool = False) -> None:
+        self.launches.append(kernel.name)
+        self.edges.append(programmatic)
+        if self.grid is not None and kernel.name.startswith("sgmv"):
+            grid = self.grid
+        super().launch(kernel, params, grid, shared_bytes, programmatic)
 
 
 def make_batch(

@@ -38,7 +38,7 @@ class Family:
 SWITCH = Family(("tests/test_sim_switch.py",), "interface")
 LINEAR = Family(("tests/test_sim_linear.py", "tests/test_linear.py"), "kernels_linear")
 LINEAR_FILES = ("route.cuh", "products.cuh", "source.cuh", "prologue.cuh", "expand.cuh", "gemv.cuh", "lora_linear.cuh")
-SGMV = Family(("tests/test_sim_sgmv.py",), "kernels_sgmv")
+SGMV = Family(("tests/test_sim_group.py", "tests/test_sim_sgmv.py"), "kernels_sgmv")
 SGMV_FILES = ("group.cuh", "sgmv_split.cuh", "sgmv_shrink.cuh", "sgmv_expand.cuh", "sgmv.cuh")
 FAMILIES = dict.fromkeys(LINEAR_FILES, LINEAR) | dict.fromkeys(SGMV_FILES, SGMV)  # the other files: SWITCH
 
@@ -56,9 +56,12 @@ PROTOCOL = [
     ("gemv.cuh", "(again, stage)", "(walk, stage)", "the ring starts with x of other steps"),
     ("gemv.cuh", "stage == 0 ? kStages - 1 : stage - 1", "stage", "a step is fetched into another step's stage"),
     ("group.cuh", "if (ids[i] == id) return 0.0f;", "", "a token's equal ids are pairs of their own"),
-    ("group.cuh", "slots[i] % kThreads == thread_index()", "true", "all threads count every expert"),
+    ("group.cuh", "before + count_bits(equal);", "before + 1;", "lanes with one index count once"),
+    ("group.cuh", "before + lower;", "before;", "lanes with one index have one place"),
     ("group.cuh", "if (second == kNoExpert) second = lowest;", "", "a token with one expert has a bucket that does not exist"),
     ("group.cuh", "(same && other < i)", "false", "an expert's pairs share one place in a tile"),
+    ("group.cuh", "start.pair + before.pairs", "start.pair", "every chunk's pairs begin at the expert's first place"),
+    ("group.cuh", "const int begin = i / tile_slots * tile_slots;", "const int begin = 0;", "the tiles of a block are one"),
     ("sgmv_shrink.cuh", "const bool split = params.num_parts > 1;", "const bool split = false;", "every part is the sum of all"),
     ("sgmv_shrink.cuh", "clear(chain);", "", "a part begins with the one before"),
     ("sgmv_split.cuh", "127 + 14 + 127 - exponent < 253 ? 127 + 14 + 127 - exponent : 253;", "127;", "z leaves the range of fp16"),

@@ -259,6 +259,18 @@ Action shuffle(bool butterfly) {
     };
 }
 
+// match.any.sync.b32 to, from, all
+void match(Step& step) {
+    Row from = step.row(1);
+    if (get<uint32_t>(step.row(2), 0) != 0xffffffffu) throw std::runtime_error("a match of some lanes");
+    for_lanes(step.mask, [&](int lane) {
+        uint32_t equal = 0;
+        for_lanes(step.mask,
+                  [&](int other) { equal |= static_cast<uint32_t>(get<uint32_t>(from, other) == get<uint32_t>(from, lane)) << other; });
+        set(step.row(0), lane, equal);
+    });
+}
+
 // mma.sync.aligned.m16n8k16.row.col.f32.{bf16,f16}.{bf16,f16}.f32 d[4], a[4], b[2], c[4]
 Action multiply(bool bf16) {
     return [bf16](Step& step) {
@@ -324,16 +336,22 @@ void decode(const std::string& opcode, Instruction& instruction) {
         instruction.action = vote;
         return;
     }
-    if (name == "membar" || name == "createpolicy" || opcode == "griddepcontrol.launch_dependents") {
+    if (name == "membar" || name == "createpolicy" || opcode == "prefetch.global.L2" || opcode == "griddepcontrol.launch_dependents") {
         instruction.action = [](Step&) {};
     } else if (opcode == "griddepcontrol.wait") {
-        instruction.action = [](Step&) { sim::reveal(); };
+        instruction.action = [](Step& step) {
+            step.warp.waited |= step.mask;
+            sim::reveal();
+        };
     } else if (opcode == "bar.warp.sync") {
         instruction.kind = Kind::kTogether;
         instruction.action = [](Step&) {};
     } else if (opcode == "shfl.sync.bfly.b32" || opcode == "shfl.sync.idx.b32") {
         instruction.kind = Kind::kTogether;
         instruction.action = shuffle(parts[2] == "bfly");
+    } else if (opcode == "match.any.sync.b32") {
+        instruction.kind = Kind::kTogether;
+        instruction.action = match;
     } else if (opcode.compare(0, 40, "mma.sync.aligned.m16n8k16.row.col.f32.bf") == 0 ||
                opcode == "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32") {
         instruction.kind = Kind::kTogether;

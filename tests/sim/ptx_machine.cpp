@@ -67,13 +67,14 @@ void meet(Machine& machine, Warp& warp, unsigned arrived, int at) {
     mark(warp, kAll, Lane::kReady);
 }
 
-void finish(Warp& warp, unsigned mask) {
+void finish(Warp& warp, unsigned mask, bool waits) {
     mark(warp, mask, Lane::kDone);
     for_lanes(mask, [&](int lane) {
         for (const auto& group : warp.copies[lane].groups) {
             if (!group.empty()) throw std::runtime_error("a thread ends before its asynchronous copies");
         }
         if (!warp.copies[lane].open.empty()) throw std::runtime_error("a thread ends with copies that belong to no group");
+        if (waits && (warp.waited >> lane & 1u) == 0) throw std::runtime_error(std::string("a thread ") + sim::kNeverWaited);
     });
 }
 
@@ -106,7 +107,7 @@ void run(Machine& machine, Warp& warp) {
                 if (instruction.kind == Kind::kBranch) {
                     place(warp, active, instruction.target);
                 } else if (instruction.kind == Kind::kExit) {
-                    finish(warp, active);
+                    finish(warp, active, machine.waits);
                 } else if (instruction.kind == Kind::kBarrier) {
                     Step step{instruction, machine, warp, active};
                     if (instruction.target == 1) instruction.action(step);
@@ -223,7 +224,7 @@ std::string launch(const Program& program, const void* params, int params_bytes,
     std::memcpy(argument.data(), params, params_bytes);
     Machine machine{program, options, num_blocks, num_threads, traffic, std::mt19937(options.seed), {}, {}, false};
     std::string error;
-    sim::conceal();
+    machine.waits = sim::conceal();
     try {
         run_blocks(machine, shared_bytes, argument.data());
     } catch (const std::exception& failure) {

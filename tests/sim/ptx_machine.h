@@ -29,6 +29,7 @@ struct Warp {
     int at[kLanes] = {};  // where each lane is in the code
     Lane state[kLanes] = {};
     LaneCopies copies[kLanes];
+    unsigned waited = 0;  // lanes, for earlier kernels
 };
 
 struct Block {
@@ -49,6 +50,7 @@ struct Machine {
     std::mt19937 random;
     std::unordered_set<uint64_t> read, written;  // sectors
     bool paused = false;                         // after an atomic others may run
+    bool waits = false;                          // something is hidden
 };
 
 // One instruction of a warp, for the lanes of `mask`.

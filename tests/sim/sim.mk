@@ -5,7 +5,7 @@
 #   make sim-mutants  remove each barrier and wait in turn; every mutant must be caught
 SIM_SANITIZERS = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libstdc++.so.6)
 
-SIM_SUITES := tests/test_sim_switch.py tests/test_sim_plan.py tests/test_sim_linear.py tests/test_linear.py tests/test_sim_sgmv.py tests/test_sgmv.py
+SIM_SUITES := tests/test_sim_switch.py tests/test_sim_plan.py tests/test_sim_linear.py tests/test_linear.py tests/test_sim_group.py tests/test_sim_sgmv.py tests/test_sgmv.py
 
 .PHONY: sim sim-sanitize sim-ptx sim-traffic sim-mutants
 

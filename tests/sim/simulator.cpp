@@ -70,6 +70,7 @@ void fiber_main() {
     bool unfinished = !fiber.open_copies.empty();
     for (const auto& group : fiber.groups) unfinished |= !group.empty();
     if (unfinished) fail("ended with asynchronous copies that it never waited for");
+    if (machine->waits && !fiber.waited) fail(kNeverWaited);
     fiber.state = State::kDone;
     ++fiber.block->num_done;
     suspend();  // for ever
@@ -184,7 +185,7 @@ std::string launch(Entry entry, const void* argument, int num_blocks, int num_th
     state.num_threads = num_threads;
     state.options = options;
     state.random.seed(options.seed);
-    conceal();
+    state.waits = conceal();
     std::vector<std::unique_ptr<Block>> resident;
     int next_block = 0;
     while (state.error.empty()) {
@@ -200,7 +201,7 @@ std::string launch(Entry entry, const void* argument, int num_blocks, int num_th
             resident.erase(resident.begin() + static_cast<long>(pick));
         }
     }
-    reveal();  // for a kernel that never waited
+    reveal();  // for a launch that failed before it waited
     machine = nullptr;
     return state.error;
 }
@@ -210,8 +211,9 @@ void hide(void* from, long long num_bytes) {
     hidden.push_back({at, std::vector<unsigned char>(at, at + num_bytes)});
 }
 
-void conceal() {
+bool conceal() {
     for (Hidden& region : hidden) std::memset(region.at, 0xff, region.bytes.size());
+    return !hidden.empty();
 }
 
 void reveal() {
@@ -219,7 +221,12 @@ void reveal() {
     hidden.clear();
 }
 
-void grid_wait() { reveal(); }
+void grid_wait() {
+    self().waited = true;
+    reveal();
+}
+
+void touch(const void* from) { (void)*static_cast<const volatile char*>(from); }
 
 int thread_index() { return self().thread; }
 int block_index() { return self().block->index; }

@@ -38,9 +38,13 @@ bool block_barrier(bool value);  // true where any thread of the block brought t
 int atomic_add(int* where, int value);
 void atomic_or(int* where, int value);
 
-// The next launch finds these bytes to be NaN until a thread of it calls grid_wait: what an earlier kernel has yet to write.
+// The next launch finds these bytes to be NaN until a thread of it calls grid_wait: what an earlier kernel has yet to write. It fails where
+// a thread ends that did not call it: the launch could end before that kernel.
 void hide(void* from, long long num_bytes);
 void grid_wait();
+
+// Reads a byte, for AddressSanitizer to see.
+void touch(const void* from);
 
 void copy_async(void* shared, const void* global, int size, int num_bytes);
 void copy_async_commit();
@@ -52,6 +56,7 @@ void multiply_accumulate(float (&c)[4], const unsigned (&a)[4], const unsigned (
 void warp_barrier();
 unsigned shuffle_xor(unsigned value, int mask);  // what the lane whose number differs by the mask's bits brought
 unsigned shuffle(unsigned value, int lane);      // what a lane brought
+unsigned equal_lanes(unsigned value);            // those that brought this value
 
 void load_aligned(unsigned* words, const void* from, int num_bytes, unsigned long long policy);
 void store_aligned(void* to, const unsigned* words, int num_bytes, unsigned long long policy);

@@ -158,7 +158,12 @@ def all_rows(library: ctypes.CDLL, ptx: bytes) -> list[Row]:
     rows += [switch(library, ptx, 2048, 1024, 64, inplace=True), switch(library, ptx, 2048, 1024, 64, k=0)]
     for tokens, r in ((1, 0), (1, 16), (1, 64), (8, 0), (8, 16), (16, 0), (16, 16), (16, 64)):
         rows += linears(library, ptx, tokens, r)
-    for tokens, r, popularity, adapters in ((512, 16, "uniform", 8), (512, 64, "identical", 8), (512, 16, "uniform", 64)):
+    for tokens, r, popularity, adapters in (
+        (512, 16, "uniform", 8),
+        (512, 64, "identical", 8),
+        (512, 16, "uniform", 64),
+        (64, 16, "uniform", 8),
+    ):
         rows += sgmv(library, ptx, tokens, r, popularity, adapters)
     return rows
 
@@ -174,6 +179,7 @@ def markdown(rows: list[Row]) -> str:
         "- through L2: sectors asked for by each warp's access, over the same bytes: what L2 and L1 serve.",
         "- issue: warp instructions (of the PTX; the machine code has about as many) over an H200's issue slots (132 x 4 a clock, 1.75 GHz",
         "  assumed), in the time that 4.8 TB/s take for the bytes. Near 1 and beyond, instructions are the limit and not memory.",
+        "- prefetches count as instructions, not as bytes.",
         "- shared: shared-memory wavefronts over the clocks of that time, one a clock. conflicts: those of them beyond one for each 128",
         "  bytes of an access.",
         "",

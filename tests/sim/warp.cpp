@@ -117,4 +117,17 @@ unsigned shuffle_xor(unsigned value, int mask) {
     return warp.values[lane];
 }
 
+unsigned equal_lanes(unsigned value) {
+    int lane = self().thread % kWarp;
+    Warp& warp = self().block->warps[self().thread / kWarp];
+    warp.values[lane] = value;
+    meet_warp("match", [](Warp& w) {
+        unsigned masks[kWarp] = {};
+        for (int l = 0; l < kWarp * kWarp; ++l)
+            masks[l / kWarp] |= static_cast<unsigned>(w.values[l / kWarp] == w.values[l % kWarp]) << l % kWarp;
+        std::memcpy(w.values, masks, sizeof(masks));
+    });
+    return warp.values[lane];
+}
+
 }  // namespace fusedmerge::sim

@@ -48,6 +48,7 @@ FM_DEVICE float square_root(float x) { return __fsqrt_rn(x); }
 FM_DEVICE float exponential(float x) { return expf(x); }  // to two ulps; the host's last bit may differ
 FM_DEVICE float bits_to_float(unsigned bits) { return __uint_as_float(bits); }
 FM_DEVICE unsigned float_to_bits(float x) { return __float_as_uint(x); }
+FM_DEVICE int count_bits(unsigned x) { return __popc(x); }
 }  // namespace fusedmerge
 
 #else  // the host simulator
@@ -85,6 +86,7 @@ FM_DEVICE float square_root(float x) { return __builtin_sqrtf(x); }
 FM_DEVICE float exponential(float x) { return __builtin_expf(x); }
 FM_DEVICE float bits_to_float(unsigned bits) { return sim::bits_to_float(bits); }
 FM_DEVICE unsigned float_to_bits(float x) { return sim::float_to_bits(x); }
+FM_DEVICE int count_bits(unsigned x) { return __builtin_popcount(x); }
 }  // namespace fusedmerge
 
 #endif

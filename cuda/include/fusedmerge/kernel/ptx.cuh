@@ -101,6 +101,13 @@ FM_DEVICE unsigned shuffle(unsigned value, int lane) {
     return other;
 }
 
+// Warp-wide: which lanes brought the same value.
+FM_DEVICE unsigned equal_lanes(unsigned value) {
+    unsigned lanes = 0;
+    FM_PTX(asm volatile("match.any.sync.b32 %0, %1, 0xffffffff;" : "=r"(lanes) : "r"(value)), lanes = sim::equal_lanes(value));
+    return lanes;
+}
+
 // Programmatic launches. What the stream's earlier kernels wrote may be read, and anything be written, only after grid_wait; the next
 // kernel may start once every block of this one has called launch_dependents or ended. Without a programmatic launch both do nothing.
 FM_DEVICE void grid_wait() { FM_PTX_90(asm volatile("griddepcontrol.wait;" ::: "memory"), sim::grid_wait()); }
@@ -125,6 +132,11 @@ FM_DEVICE void store_16(void* global, const unsigned* words) {
     FM_PTX(asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
                         : "memory"),
            sim::store_aligned(global, words, 16, 0));
+}
+
+// The 32 bytes that hold this address come into L2. A hint: nothing is returned, nothing waits.
+FM_DEVICE void prefetch_32(const void* global) {
+    FM_PTX(asm volatile("prefetch.global.L2 [%0];" ::"l"(global)), sim::touch(global));
 }
 
 // ---- global memory, streamed: these bytes are touched once, so they leave L2 first and let the adapters stay ---------------------------

@@ -9,12 +9,17 @@
 //   | b          | [N, out, r]     | x's         | experts in use once from HBM, once for each tile of tokens that has them from L2  |
 //   | y          | [T, out]        | x's         | read and written once; may be a column range of packed qkv                        |
 //
-// Launches: group.cuh's four once for a forward; then two or three for each set of linears that share x, on any grid: blocks walk units.
+// Launches: group.cuh's four, or one, once for a forward; then two or three for each set of linears that share x, on any grid: blocks walk
+// units.
 //
 //   group (group.cuh)   ids, gates -> pairs by expert, tiles of tokens
 //   shrink              z = gate scaling A x, a warp for 16 pairs of one expert and 64 ranks, or 16 where a launch has no more
 //   sum                 few pairs alone: A x in float32 parts -> z
 //   expand              y += B z, a block for a tile of tokens and 256 columns, all experts of the tile inside
+//
+// Sum and expand are launched programmatically (sm_90 and later): they begin when the kernel before has no block left to start, and wait
+// inside, every thread, for it to have ended. The shrink is a plain launch. So what came before it (groups, ranks, scaling, A, B, x, y) has
+// ended when they begin, and may be read before the wait; parts, z and inverses may not.
 //
 // An element's arithmetic depends on its token's own experts alone, in ascending order. After Punica's SGMV (arXiv 2310.18547), with
 // several gated experts for a token, and LoRA-Switch's mixtures (arXiv 2405.17741).

@@ -8,6 +8,7 @@
 // A tile is tile_rows tokens; its pairs are ordered by expert, so tensor cores see rows that share B, whatever each token chose. Their
 // products go to the token's row of sums. Nobody but the warp touches its columns: no block barrier.
 //
+//   ask for y, and B if tokens are few, in L2 | wait for z
 //   for each expert of the tile, 64 ranks:  load B | for 8 pairs:  load z of the next 8 | mma | sums[row] += products, or = where it is the
 //   first for each 32 rows:  load four rows of y | y = round(y + sums)
 //
@@ -27,6 +28,7 @@ template <class Number, int kRanks>
 struct ExpandWarp {
     static constexpr int kBlocks = kRanks / 16;
     static constexpr int kExpandSteps = kRanks == kFewRanks ? 2 : 1;  // operands of 8 pairs that are under way
+    static constexpr int kFewRows = 16;                               // of a tile: up to 368 tokens, whose B is not yet in L2
 
     // What a lane needs of up to 8 pairs of one expert: of pair g.
     struct Operands {
@@ -86,6 +88,43 @@ struct ExpandWarp {
                                                                                       : groups.tile_rows),
           first_place(tile * groups.tile_rows * groups.num_slots),
           sums(reinterpret_cast<float*>(shared_memory()) + thread_index() / kWarpLanes * groups.tile_rows * kWarpCols) {}
+
+    // Before z is there: what the warp will need of y, and of B where tiles are small and few, comes into L2.
+    FM_DEVICE void prefetch() {
+        prefetch_rows();
+        if (groups.tile_rows <= kFewRows) prefetch_factors();
+    }
+
+    // y is read last: from memory while the products run.
+    FM_DEVICE void prefetch_rows() {
+        FM_NO_UNROLL
+        for (int row = thread_index() % kWarpLanes; row < num_rows; row += kWarpLanes) {
+            const int token = groups.tile_tokens[tile_idx * groups.tile_rows + row];
+            const Number* from = static_cast<const Number*>(target.y) + token * target.y_stride + col;
+            FM_UNROLL
+            for (int c = 0; c < kWarpCols; c += 16) {
+                if (col + c < target.out) prefetch_32(from + c);
+            }
+        }
+    }
+
+    // A row a lane, for the experts of the tile's first 32 pairs: run() takes them one after the other, a round trip to B for each.
+    FM_DEVICE void prefetch_factors() {
+        const int lane = thread_index() % kWarpLanes;
+        const int pairs = groups.tile_counts[tile_idx];
+        const int count = pairs < kWarpLanes ? pairs : kWarpLanes;
+        if (count == 0) return;
+        const TilePair own = groups.tile_pairs[first_place + (lane < count ? lane : 0)];
+        const int own_rank = rank_of(target, own.expert);
+        const Number* row = static_cast<const Number*>(target.b) + (col + lane < target.out ? col + lane : col) * target.b_row_stride;
+        FM_NO_UNROLL
+        for (int i = 0; i < count; i += static_cast<int>(shuffle(static_cast<unsigned>(own.run), i))) {
+            const Number* factor = row + static_cast<int>(shuffle(static_cast<unsigned>(own.expert), i)) * target.b_adapter_stride;
+            const int rank = static_cast<int>(shuffle(static_cast<unsigned>(own_rank), i));
+            FM_NO_UNROLL
+            for (int r = 0; r < rank; r += 16) prefetch_32(factor + r);
+        }
+    }
 
     FM_DEVICE void run() {
         const int end = first_place + groups.tile_counts[tile_idx];
@@ -256,22 +295,34 @@ struct ExpandWarp {
 };
 
 // A block takes a tile of tokens and 256 columns of one target. Tiles count first: neighbours in the order by expert read the same B.
+template <class Number, int kRanks, bool kPrefetch>
+FM_DEVICE void run_expand_unit(const SgmvParams& params, int unit, int num_tiles) {
+    int strip = unit / num_tiles;
+    int target_idx = 0;
+    while (strip >= (params.targets[target_idx].out + kExpandCols - 1) / kExpandCols) {
+        strip -= (params.targets[target_idx++].out + kExpandCols - 1) / kExpandCols;
+    }
+    const int col = strip * kExpandCols + thread_index() / kWarpLanes * kWarpCols;
+    if (col >= params.targets[target_idx].out) return;
+    ExpandWarp<Number, kRanks> warp(params, params.targets[target_idx], unit % num_tiles, col);
+    if constexpr (kPrefetch) {
+        warp.prefetch();
+    } else {
+        warp.run();
+    }
+}
+
+// Groups, ranks, B and y are older than the shrink, and may be read before the wait; z and inverses may not.
 template <class Number, int kRanks>
 FM_DEVICE void run_sgmv_expand(const SgmvParams& params) {
     const int num_tiles = (params.groups.totals->tokens + params.groups.tile_rows - 1) / params.groups.tile_rows;
     int num_strips = 0;
     for (int i = 0; i < params.num_targets; ++i) num_strips += (params.targets[i].out + kExpandCols - 1) / kExpandCols;
+    if (block_index() < num_tiles * num_strips) run_expand_unit<Number, kRanks, true>(params, block_index(), num_tiles);
+    grid_wait();
     FM_NO_UNROLL
     for (int unit = block_index(); unit < num_tiles * num_strips; unit += grid_size()) {
-        int strip = unit / num_tiles;
-        int target_idx = 0;
-        while (strip >= (params.targets[target_idx].out + kExpandCols - 1) / kExpandCols) {
-            strip -= (params.targets[target_idx++].out + kExpandCols - 1) / kExpandCols;
-        }
-        const int col = strip * kExpandCols + thread_index() / kWarpLanes * kWarpCols;
-        if (col >= params.targets[target_idx].out) continue;
-        ExpandWarp<Number, kRanks> warp(params, params.targets[target_idx], unit % num_tiles, col);
-        warp.run();
+        run_expand_unit<Number, kRanks, false>(params, unit, num_tiles);
     }
 }
 

@@ -70,6 +70,15 @@ struct ShrinkWarp {
         }
     }
 
+    // A part's A comes into L2 at once, a row of 512 columns by 32 lanes: the loop asks for it in six round trips.
+    FM_DEVICE void prefetch(int part) {
+        const int col = part * kPartCols + kPartCols / kWarpLanes * (thread_index() % kWarpLanes);
+        if (col >= params.cols) return;
+        const Number* a = static_cast<const Number*>(target.a) + group.expert * target.a_adapter_stride + col;
+        FM_NO_UNROLL
+        for (int r = first_rank; r < rank && r < first_rank + kRanks; ++r) prefetch_32(a + r * target.a_row_stride);
+    }
+
     // Where there is no such rank or pair, the first one's row is read.
     FM_DEVICE void find_rows() {
         const Number* a = static_cast<const Number*>(target.a) + group.expert * target.a_adapter_stride;
@@ -211,6 +220,7 @@ struct ShrinkWarp {
 template <class Number, int kRanks>
 FM_DEVICE void run_sgmv_shrink(const SgmvParams& params) {
     constexpr int kGroups = kThreads / kWarpLanes;
+    launch_dependents();
     const int num_groups = params.groups.totals->shrink_groups;
     const int num_parts = (params.cols + kPartCols - 1) / kPartCols;
     const bool split = params.num_parts > 1;
@@ -228,14 +238,18 @@ FM_DEVICE void run_sgmv_shrink(const SgmvParams& params) {
         while (rank_block >= (params.targets[target_idx].rank + kRanks - 1) / kRanks) {
             rank_block -= (params.targets[target_idx++].rank + kRanks - 1) / kRanks;
         }
-        ShrinkWarp<Number, kRanks> warp(params, params.targets[target_idx], params.groups.shrink_groups[group_idx], rank_block * kRanks);
+        const ShrinkGroup* group = params.groups.shrink_groups + group_idx;
+        ShrinkWarp<Number, kRanks> warp(params, params.targets[target_idx], *group, rank_block * kRanks);
+        if (split && (group_idx % kGroups == 0 || group[-1].expert != group->expert)) warp.prefetch(part);
         warp.run(split ? part : 0, split ? part + 1 : num_parts);
     }
 }
 
-// Where z is in parts, few pairs: adds them in order, and splits the sums. Up to 16 lanes have a pair's 64 ranks, four each.
+// Where z is in parts, few pairs: adds them in order, and splits the sums. Up to 16 lanes have a pair's 64 ranks, four each. Pairs, ranks
+// and scaling are older than the shrink, and are read before the wait.
 template <class Number>
 FM_DEVICE void run_sgmv_sum(const SgmvParams& params) {
+    launch_dependents();
     const int num_pairs = params.groups.totals->pairs;
     const int lane = thread_index() % kWarpLanes;
     for (int t = 0; t < params.num_targets; ++t) {
@@ -254,6 +268,7 @@ FM_DEVICE void run_sgmv_sum(const SgmvParams& params) {
             const float gate = multiply(pair.gate, scaling_of(target, pair.expert));
             Floats4 sum = {};
             float size = 0.0f;
+            grid_wait();  // the shrink's parts are there
             if (exists) {
                 const float* terms = target.parts + static_cast<long long>(position) * target.z_stride + rank;
                 FM_UNROLL_4
@@ -282,6 +297,7 @@ FM_DEVICE void run_sgmv_sum(const SgmvParams& params) {
             if (rank % kManyRanks == 0) target.inverses[static_cast<long long>(block) * params.num_places + pair.place] = inverse;
         }
     }
+    grid_wait();  // threads that have no pair, too: where the sum has ended, so has the shrink
 }
 
 }  // namespace fusedmerge
