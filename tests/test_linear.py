@@ -146,8 +146,9 @@ def test_a_gate_or_scaling_of_zero_is_no_adapter(where, off):
         x, router = problem.x.abs(), torch.zeros(5, 64)
         router[0], router[2] = 1000.0, 1.0
         applied = linear.decode_group(where, x, [spoilt], Router(router, 2))
-        assert applied.ids.tolist() == [[0, 2]] * 3 and applied.gates.tolist() == [[1.0, 0.0]] * 3
-        kit.check(applied.ys[0], x, target, Known(applied.ids, applied.gates))
+        taken = applied.routings[0]
+        assert taken.ids.tolist() == [[0, 2]] * 3 and taken.gates.tolist() == [[1.0, 0.0]] * 3
+        kit.check(applied.ys[0], x, target, taken)
         return
     if off == "gate":
         problem.gates[1, 0] = 0.0
@@ -305,7 +306,7 @@ def test_a_layer_s_own_router(where, k, normalize, source, dtype):
     given = Norm(torch.rand(2100).to(torch.bfloat16), 1e-6) if source else None
     applied = linear.decode_group(where, problem.x, problem.targets, Router(weight, k, normalize), given)
     ids, gates = linear.route(where, applied.x, weight, k, normalize)
-    assert torch.equal(applied.ids, ids) and torch.equal(applied.gates, gates)
+    assert all(torch.equal(taken.ids, ids) and torch.equal(taken.gates, gates) for taken in applied.routings)
     known = linear.decode_group(where, problem.x, problem.targets, Known(ids, gates), given)
     for y, same, target in zip(applied.ys, known.ys, problem.targets, strict=True):
         kit.check(y, applied.x, target, Known(ids, gates))

@@ -102,7 +102,7 @@ class LateMachine(Machine):
 def _read_by(params, is_gemv):
     rows = params.tokens - 1
     slots = params.tokens * params.num_slots
-    if not params.router:
+    if not params.logits:
         yield params.ids, 4 * slots
         yield params.gates, 4 * slots
     if not is_gemv:
@@ -110,8 +110,8 @@ def _read_by(params, is_gemv):
         yield params.second, 2 * (rows * params.second_stride + params.cols)
         return
     yield params.x, 2 * (rows * params.x_stride + params.cols)
-    yield params.logits, 4 * params.tokens * params.num_adapters
-    places = params.num_splits * params.tokens * (params.num_adapters if params.router else params.num_slots)
+    yield params.logits, 4 * params.num_routings * params.tokens * params.num_adapters
+    places = params.num_splits * params.tokens * (params.num_adapters if params.logits else params.num_slots)
     for target in params.targets[: params.num_targets]:
         yield target.residual, 2 * (rows * target.residual_stride + target.rows)
         yield target.z, 4 * places * target.z_pitch
