@@ -159,7 +159,21 @@ struct Gemv {
             copy_async_commit();
             again.advance();
         }
-        active = params.num_slots > 0 && memory.routing.find(params);
+        if (params.logits != nullptr) {
+            memory.routing.choose_all(params, routings_of_tiles());
+            active = true;
+        } else {
+            active = params.num_slots > 0 && memory.routing.read(params);
+        }
+    }
+
+    // Bits of the routings that the block's tiles take; all for the first block, which tells them.
+    FM_DEVICE int routings_of_tiles() const {
+        if (block_index() == 0 || params.num_routings == 1) return ~0;
+        int bits = 0;
+        FM_NO_UNROLL
+        for (int tile = block_index(); tile < params.num_tiles; tile += grid_size()) bits |= 1 << target_of(params, tile).routing;
+        return bits;
     }
 
     FM_DEVICE bool has_token(int n) const { return lane / 4 + 8 * n < params.tokens; }

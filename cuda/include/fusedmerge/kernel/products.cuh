@@ -79,10 +79,8 @@ struct Routing {
     int ids[8 * kTokenTiles][kPitch];  // -1: empty
     float gates[8 * kTokenTiles][kPitch];
 
-    // Block-wide; false: no slot is used. Where there are routers, the prologue's logits tell.
-    FM_DEVICE bool find(const LinearParams& params) { return params.logits != nullptr ? choose_all(params) : read(params); }
-
-    // An id outside [0, N) is an empty slot: nothing out of bounds is read. So is one whose gate is 0.
+    // Known ids; block-wide; false: no slot is used. An id outside [0, N) is an empty slot: nothing out of bounds is read. So is one whose
+    // gate is 0.
     FM_DEVICE bool read(const LinearParams& params) {
         bool used = false;
         for (int i = thread_index(); i < 8 * kTokenTiles * params.num_slots; i += kThreads) {
@@ -96,22 +94,26 @@ struct Routing {
         return block_any(used);
     }
 
-    // A warp for each token of each routing. What it leaves is visible after the next barrier; the first block tells the host, too.
-    FM_DEVICE bool choose_all(const LinearParams& params) {
+    // From the prologue's logits, for the routings whose bits are set: a warp for each token of each. What it leaves is visible after the
+    // next barrier. The first block tells the host, too.
+    FM_DEVICE void choose_all(const LinearParams& params, int bits) {
         const int lane = thread_index() % kWarpLanes;
-        for (int i = thread_index() / kWarpLanes; i < params.num_routings * params.tokens; i += kWarps) {
+        int token = thread_index() / kWarpLanes;
+        int routing = 0;
+        FM_NO_UNROLL
+        for (int i = token; i < params.num_routings * params.tokens; i += kWarps, token += kWarps) {
+            for (; token >= params.tokens; token -= params.tokens) ++routing;
+            if ((bits >> routing & 1) == 0) continue;
             const Slot slot = choose(params.logits + i * params.num_adapters, params.num_adapters, params.num_slots, params.normalize != 0);
             if (lane < params.num_slots) {
-                const int place = i / params.tokens * params.num_slots + lane;
-                ids[i % params.tokens][place] = slot.id;
-                gates[i % params.tokens][place] = slot.gate;
-                if (block_index() == 0) {
-                    params.ids[i * params.num_slots + lane] = slot.id;
-                    params.gates[i * params.num_slots + lane] = slot.gate;
-                }
+                ids[token][routing * params.num_slots + lane] = slot.id;
+                gates[token][routing * params.num_slots + lane] = slot.gate;
+            }
+            if (lane < params.num_slots && block_index() == 0) {
+                params.ids[i * params.num_slots + lane] = slot.id;
+                params.gates[i * params.num_slots + lane] = slot.gate;
             }
         }
-        return true;
     }
 };
 
