@@ -92,7 +92,7 @@ class Applied:
 
     ys: list[torch.Tensor]  # [T, out] of each target
     x: torch.Tensor  # [T, in]: what the weights were multiplied with
-    routings: list[Known | None]  # what each target's tokens took; None: no adapters
+    routings: list[Known | None]  # what each target's tokens took; None: it had no routing
     sum: torch.Tensor | None = field(default=None)  # [T, in]: of Norm's input and second
 
 

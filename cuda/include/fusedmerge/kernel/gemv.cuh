@@ -171,7 +171,6 @@ struct Gemv {
     FM_DEVICE int routings_of_tiles() const {
         if (block_index() == 0 || params.num_routings == 1) return ~0;
         int bits = 0;
-        FM_NO_UNROLL
         for (int tile = block_index(); tile < params.num_tiles; tile += grid_size()) bits |= 1 << target_of(params, tile).routing;
         return bits;
     }

@@ -100,7 +100,6 @@ struct Routing {
         const int lane = thread_index() % kWarpLanes;
         int token = thread_index() / kWarpLanes;
         int routing = 0;
-        FM_NO_UNROLL
         for (int i = token; i < params.num_routings * params.tokens; i += kWarps, token += kWarps) {
             for (; token >= params.tokens; token -= params.tokens) ++routing;
             if ((bits >> routing & 1) == 0) continue;

@@ -1,9 +1,9 @@
-// The prologue of a group of linears that share x: x itself, the router's logits, and the shrink z = A x.
+// The prologue of a group of linears that share x: x itself, the routers' logits, and the shrink z = A x.
 //
-//   | written | shape               |                                                                                             |
-//   | x       | [T, in]             | where it has a source (source.cuh); each block prepares for itself what it multiplies       |
-//   | sum     | [T, in]             | the residual stream                                                                         |
-//   | logits  | [routings, T, N] float32 | of the routers, if any; the GEMV's blocks choose from them, each for itself            |
+//   | written | shape                         |                                                                                          |
+//   | x       | [T, in]                       | where it has a source (source.cuh); each block prepares for itself what it multiplies    |
+//   | sum     | [T, in]                       | the residual stream                                                                      |
+//   | logits  | [routings, T, N] float32      | where there are routers; the GEMV's blocks choose from them, each for itself             |
 //   | z       | [splits, T, slots, r] float32 | known ids: slot j's adapter's rows. With routers: all N adapters', so that nothing waits |
 //
 // Grid: any number of blocks of kThreads; units are taken with the grid's stride. A unit of the shrink is 16 ranks of one adapter of one
