@@ -61,7 +61,7 @@ PROTOCOL = [
         "gemv.cuh",
         "block_index() == 0 || params.num_routings == 1",
         "params.num_routings == 1",
-        "nobody tells the routings of other blocks' tiles",
+        "nobody hands out the routings of other blocks' tiles",
     ),
     ("gemv.cuh", "(again, stage)", "(walk, stage)", "the ring starts with x of other steps"),
     ("gemv.cuh", "stage == 0 ? kStages - 1 : stage - 1", "stage", "a step is fetched into another step's stage"),

@@ -167,7 +167,7 @@ struct Gemv {
         }
     }
 
-    // Bits of the routings that the block's tiles take; all for the first block, which tells them.
+    // Bits of the routings that the block's tiles take; all for the first block, which hands them out.
     FM_DEVICE int routings_of_tiles() const {
         if (block_index() == 0 || params.num_routings == 1) return ~0;
         int bits = 0;

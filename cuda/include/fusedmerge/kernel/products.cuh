@@ -95,7 +95,7 @@ struct Routing {
     }
 
     // From the prologue's logits, for the routings whose bits are set: a warp for each token of each. What it leaves is visible after the
-    // next barrier. The first block tells the host, too.
+    // next barrier. The first block hands them out, too.
     FM_DEVICE void choose_all(const LinearParams& params, int bits) {
         const int lane = thread_index() % kWarpLanes;
         int token = thread_index() / kWarpLanes;
