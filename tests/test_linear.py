@@ -146,8 +146,9 @@ def test_a_gate_or_scaling_of_zero_is_no_adapter(where, off):
         x, router = problem.x.abs(), torch.zeros(5, 64)
         router[0], router[2] = 1000.0, 1.0
         applied = linear.decode_group(where, x, [spoilt], Router(router, 2))
-        assert applied.ids.tolist() == [[0, 2]] * 3 and applied.gates.tolist() == [[1.0, 0.0]] * 3
-        kit.check(applied.ys[0], x, target, Known(applied.ids, applied.gates))
+        taken = applied.routings[0]
+        assert taken.ids.tolist() == [[0, 2]] * 3 and taken.gates.tolist() == [[1.0, 0.0]] * 3
+        kit.check(applied.ys[0], x, target, taken)
         return
     if off == "gate":
         problem.gates[1, 0] = 0.0
@@ -305,8 +306,68 @@ def test_a_layer_s_own_router(where, k, normalize, source, dtype):
     given = Norm(torch.rand(2100).to(torch.bfloat16), 1e-6) if source else None
     applied = linear.decode_group(where, problem.x, problem.targets, Router(weight, k, normalize), given)
     ids, gates = linear.route(where, applied.x, weight, k, normalize)
-    assert torch.equal(applied.ids, ids) and torch.equal(applied.gates, gates)
+    assert all(torch.equal(taken.ids, ids) and torch.equal(taken.gates, gates) for taken in applied.routings)
     known = linear.decode_group(where, problem.x, problem.targets, Known(ids, gates), given)
     for y, same, target in zip(applied.ys, known.ys, problem.targets, strict=True):
         kit.check(y, applied.x, target, Known(ids, gates))
         assert np.array_equal(kit.bits(y), kit.bits(same))
+
+
+def listed(routings):
+    return [None if taken is None else (taken.ids.tolist(), taken.gates.tolist()) for taken in routings]
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "adapters", "k", "normalize", "dtype"),
+    [
+        (1, 8, 2, True, torch.bfloat16),
+        (5, 11, 1, True, torch.float32),
+        (16, 11, 4, False, torch.bfloat16),
+        (9, 16, 16, True, torch.float32),
+        (3, 1, 1, True, torch.bfloat16),
+    ],
+)
+def test_a_router_for_each_target(where, num_tokens, adapters, k, normalize, dtype):
+    """Each target's y, ids and gates are bit for bit those of a group of its own; a target without a router has the backbone's y."""
+    problem = kit.make(num_tokens, 2100, rows=(40, 9, 33, 20), ranks=(8, 20, 16, 3), adapters=adapters)
+    first, second = (Router(weight.to(dtype), k, normalize) for weight in torch.randn(2, adapters, 2100))
+    routers = [first, None, second, first]
+    applied = linear.decode_group(where, problem.x, problem.targets, routers)
+    for target, router, y, taken in zip(problem.targets, routers, applied.ys, applied.routings, strict=True):
+        alone = linear.decode_group(where, problem.x, [target], router)
+        assert np.array_equal(kit.bits(y), kit.bits(alone.ys[0])) and listed([taken]) == listed(alone.routings)
+        kit.check(y, problem.x, target, taken)
+        if router is not None:
+            ids, gates = linear.route(where, problem.x, router.weight, k, normalize)
+            assert torch.equal(taken.ids, ids) and torch.equal(taken.gates, gates)
+    if k < adapters:
+        assert not torch.equal(applied.routings[0].ids, applied.routings[2].ids)
+
+
+def test_routers_of_one_launch_see_the_norm_s_x_and_may_be_unaligned(where):
+    problem = kit.make(5, 264, rows=(20, 9, 33), ranks=(16, 5, 8))
+    norm = Norm(torch.rand(264).to(torch.bfloat16), 1e-6, torch.randn(5, 264).to(torch.bfloat16))
+    weights = torch.randn(5, 3, 265).to(torch.bfloat16)[:, :, 1:].unbind(1)  # strided, and off 16 bytes
+    applied = linear.decode_group(where, problem.x, problem.targets, [Router(weight, 2) for weight in weights], norm)
+    for y, weight, target, taken in zip(applied.ys, weights, problem.targets, applied.routings, strict=True):
+        ids, gates = linear.route(where, applied.x, weight.contiguous(), 2)
+        assert torch.equal(taken.ids, ids) and torch.equal(taken.gates, gates)
+        kit.check(y, applied.x, target, taken)
+
+
+def test_routers_that_cannot_share_a_launch_are_refused(where):
+    problem = kit.make(1, 8, rows=(3, 4), adapters=40)
+    weight = torch.zeros(40, 8, dtype=problem.x.dtype)
+    first = Router(weight, 2)
+    for other in (Router(weight[:39], 2), Router(weight, 3), Router(weight, 2, False), Router(weight.float(), 2), problem.known):
+        with pytest.raises(InvalidValueError, match="lora_linear: routing: expected routers of one N, k, normalize and dtype"):
+            linear.decode_group(where, problem.x, problem.targets, [first, other])
+    with pytest.raises(InvalidValueError, match="routing: expected routers of one N, k, normalize and dtype, or one choice"):
+        linear.decode_group(where, problem.x, problem.targets, [problem.known, Known(problem.ids, problem.gates)])
+    with pytest.raises(InvalidValueError, match="routing: expected one for each of 2 targets, got 1"):
+        linear.decode_group(where, problem.x, problem.targets, [first])
+    with pytest.raises(InvalidValueError, match="at most 32 slots of a token in a launch, got 34"):
+        linear.decode_group(where, problem.x, problem.targets, [Router(weight, 17), Router(weight, 17)])
+    with pytest.raises(InvalidValueError, match=r"targets: expected 40 adapters each, got \[40, 39\]"):
+        problem.targets[1] = replace(problem.targets[1], a=problem.targets[1].a[:39], b=problem.targets[1].b[:39])
+        linear.decode_group(where, problem.x, problem.targets, [first, Router(weight, 2)])

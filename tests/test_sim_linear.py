@@ -34,7 +34,8 @@ class Machine(SimLauncher):
 
 def images(machine, problem, routing=None, source=None):
     applied = linear.decode_group(machine, problem.x, problem.targets, routing or problem.known, source)
-    return [kit.bits(y).tobytes() for y in applied.ys]
+    taken = [part.numpy().tobytes() for known in applied.routings if known is not None for part in (known.ids, known.gates)]
+    return [kit.bits(y).tobytes() for y in applied.ys] + taken
 
 
 # Copies as late as the wait and as early as the issue; blocks one after the other and three at once.
@@ -64,10 +65,10 @@ def test_long_rows_of_one_sign_with_the_least_accurate_tensor_cores():
     kit.check(y, problem.x, problem.targets[0], None)
 
 
-@pytest.mark.parametrize("source", ["norm", "silu"])
-def test_same_bits_of_router_and_source(source):
-    problem = kit.make(9, 300, rows=(40,), ranks=(20,), adapters=9)
-    router = Router(torch.randn(9, 300).to(torch.bfloat16), 2)
+@pytest.mark.parametrize(("source", "num_routers"), [("norm", 1), ("silu", 1), ("norm", 3)])
+def test_same_bits_of_routers_and_source(source, num_routers):
+    problem = kit.make(9, 300, rows=(40, 9, 33)[:num_routers], ranks=(20, 8, 5)[:num_routers], adapters=9)
+    router = [Router(weight.to(torch.bfloat16), 2) for weight in torch.randn(num_routers, 9, 300)]
     second = torch.randn(9, 300).to(torch.bfloat16)
     given = Norm(torch.rand(300).to(torch.bfloat16), 1e-5, second) if source == "norm" else Silu(second)
     seen = {
@@ -102,7 +103,7 @@ class LateMachine(Machine):
 def _read_by(params, is_gemv):
     rows = params.tokens - 1
     slots = params.tokens * params.num_slots
-    if not params.router:
+    if not params.logits:
         yield params.ids, 4 * slots
         yield params.gates, 4 * slots
     if not is_gemv:
@@ -110,20 +111,21 @@ def _read_by(params, is_gemv):
         yield params.second, 2 * (rows * params.second_stride + params.cols)
         return
     yield params.x, 2 * (rows * params.x_stride + params.cols)
-    yield params.logits, 4 * params.tokens * params.num_adapters
-    places = params.num_splits * params.tokens * (params.num_adapters if params.router else params.num_slots)
+    yield params.logits, 4 * params.num_routings * params.tokens * params.num_adapters
+    places = params.num_splits * params.tokens * (params.num_adapters if params.logits else params.num_slots)
     for target in params.targets[: params.num_targets]:
         yield target.residual, 2 * (rows * target.residual_stride + target.rows)
         yield target.z, 4 * places * target.z_pitch
 
 
 @pytest.mark.parametrize("num_tokens", [2, 9])
-@pytest.mark.parametrize("kind", ["known", "router"])
+@pytest.mark.parametrize("kind", ["known", "router", "routers"])
 def test_nothing_is_read_before_the_wait_but_weights(request, num_tokens, kind):
     if "ptx" in request.node.name and os.environ.get("FUSEDMERGE_PTX_ARCH") == "compute_80":
         pytest.skip("there launches are plain, and no kernel waits")
     problem = kit.make(num_tokens, 300, rows=(40, 9), ranks=(20,))
-    routing = problem.known if kind == "known" else Router(torch.randn(5, 300).to(torch.bfloat16), 2)
+    router, other = (Router(weight, 2) for weight in torch.randn(2, 5, 300).to(torch.bfloat16))
+    routing = {"known": problem.known, "router": router, "routers": [router, other]}[kind]
     source = Norm(torch.rand(300).to(torch.bfloat16), 1e-5, torch.randn(num_tokens, 300).to(torch.bfloat16))
     assert images(LateMachine(), problem, routing, source) == images(Machine(), problem, routing, source)
     assert images(LateMachine(), problem) == images(Machine(), problem)

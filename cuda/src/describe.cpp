@@ -150,8 +150,12 @@ std::string describe_structs() {
     FM_FIELD(LinearTarget, z_pitch);
     FM_FIELD(LinearTarget, first_tile);
     FM_FIELD(LinearTarget, first_rank_tile);
+    FM_FIELD(LinearTarget, routing);
     FM_FIELD(LinearTarget, flags);
+    FM_FIELD(LinearTarget, reserved);
     FM_FIELD(LinearParams, targets);
+    FM_FIELD(LinearParams, routers);
+    FM_FIELD(LinearParams, router_strides);
     FM_FIELD(LinearParams, x);
     FM_FIELD(LinearParams, input);
     FM_FIELD(LinearParams, second);
@@ -159,13 +163,11 @@ std::string describe_structs() {
     FM_FIELD(LinearParams, sum);
     FM_FIELD(LinearParams, ids);
     FM_FIELD(LinearParams, gates);
-    FM_FIELD(LinearParams, router);
     FM_FIELD(LinearParams, logits);
     FM_FIELD(LinearParams, x_stride);
     FM_FIELD(LinearParams, input_stride);
     FM_FIELD(LinearParams, second_stride);
     FM_FIELD(LinearParams, sum_stride);
-    FM_FIELD(LinearParams, router_stride);
     FM_FIELD(LinearParams, epsilon);
     FM_FIELD(LinearParams, source);
     FM_FIELD(LinearParams, tokens);
@@ -175,9 +177,11 @@ std::string describe_structs() {
     FM_FIELD(LinearParams, num_rank_tiles);
     FM_FIELD(LinearParams, num_splits);
     FM_FIELD(LinearParams, num_adapters);
+    FM_FIELD(LinearParams, num_routings);
     FM_FIELD(LinearParams, num_slots);
     FM_FIELD(LinearParams, normalize);
     FM_FIELD(LinearParams, flags);
+    FM_FIELD(LinearParams, reserved);
     return text;
 }
 

@@ -27,14 +27,15 @@ FM_AT(SwitchState, last_gates, 144);
 
 static_assert(sizeof(RouteParams) == 80 && alignof(RouteParams) == 8, "RouteParams has another size");
 FM_AT(RouteParams, cols, 56);
-static_assert(sizeof(LinearTarget) == 144 && alignof(LinearTarget) == 8, "LinearTarget has another size");
+static_assert(sizeof(LinearTarget) == 152 && alignof(LinearTarget) == 8, "LinearTarget has another size");
 FM_AT(LinearTarget, weight_stride, 64);
 FM_AT(LinearTarget, rows, 120);
-static_assert(sizeof(LinearParams) == 736 && alignof(LinearParams) == 8, "LinearParams has another size");
-FM_AT(LinearParams, x, 576);
-FM_AT(LinearParams, x_stride, 648);
-FM_AT(LinearParams, epsilon, 688);
-FM_AT(LinearParams, flags, 732);
+static_assert(sizeof(LinearParams) == 824 && alignof(LinearParams) == 8, "LinearParams has another size");
+FM_AT(LinearParams, routers, 608);
+FM_AT(LinearParams, x, 672);
+FM_AT(LinearParams, x_stride, 736);
+FM_AT(LinearParams, epsilon, 768);
+FM_AT(LinearParams, flags, 816);
 
 static_assert(sizeof(SwitchParams) == 64 && alignof(SwitchParams) == 8, "SwitchParams has another size");
 FM_AT(SwitchParams, num_units, 32);

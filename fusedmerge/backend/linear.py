@@ -10,7 +10,7 @@ order: a call may be captured in a CUDA graph.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from fusedmerge.backend import linear_params as lp
@@ -74,11 +74,16 @@ class Known:
 
 @dataclass(frozen=True)
 class Router:
-    """A layer's own router: each token's slots are chosen from x, on the device (`ops.route_topk` tells the meaning)."""
+    """A router of the group's own: each token's slots are chosen from x, on the device (`ops.route_topk` tells the meaning)."""
 
     weight: torch.Tensor  # [N, in], of x's dtype or float32
     k: int
     normalize: bool = True
+
+    @property
+    def kind(self) -> tuple[int, int, bool, str]:
+        """(N, k, normalize, dtype): routers that agree in these may share a launch."""
+        return len(self.weight), self.k, self.normalize, str(self.weight.dtype)
 
 
 @dataclass(frozen=True)
@@ -87,8 +92,7 @@ class Applied:
 
     ys: list[torch.Tensor]  # [T, out] of each target
     x: torch.Tensor  # [T, in]: what the weights were multiplied with
-    ids: torch.Tensor | None  # int32 [T, k]
-    gates: torch.Tensor | None  # float32 [T, k]
+    routings: list[Known | None]  # what each target's tokens took; None: it had no routing
     sum: torch.Tensor | None = field(default=None)  # [T, in]: of Norm's input and second
 
 
@@ -102,7 +106,7 @@ def route(
     """
     _check_count("k", "slots of a token", k, MAX_SLOTS, "route_topk")
     _check_count("router_weight", "adapters", len(router_weight), _MAX_ROUTED, "route_topk")
-    ids, gates = _empty_routing(x, k)
+    ids, gates = _empty_routing(x, len(x), k)
     params = RouteParams(
         x=x.data_ptr(),
         router=router_weight.data_ptr(),
@@ -143,22 +147,21 @@ def decode_group(
     backend: str | Launcher,
     x: torch.Tensor,
     targets: Sequence[Target],
-    routing: Known | Router | None = None,
+    routing: Known | Router | Sequence[Router | None] | None = None,
     source: Norm | Silu | None = None,
 ) -> Applied:
     """Up to four linears that share x [T, in], T up to 16: two launches; one where there is neither adapter nor source.
 
-    routing: None applies no adapter. source: how x is made, from the given input; None: it is the input. All targets have the same N, that
-    of a router. Raises InvalidValueError for more of anything, and for targets of different N.
+    routing: of all targets, or a router for each (the same object: one choice); None applies no adapter. source: how x is made, from the
+    given input; None: it is the input. All targets have the same N, that of the routers. Raises InvalidValueError for more of anything
+    (slots: of all routers together, 32), for targets of different N, and for routers of different N, k, normalize or dtype.
     """
     where = launcher(backend, x.device)
     _check_count("x", "tokens", len(x), lp.MAX_TOKENS)
     _check_count("targets", "matrices", len(targets), lp.MAX_TARGETS)
-    counts = [len(routing.weight)] if isinstance(routing, Router) else []
-    counts += [len(target.a) for target in targets if target.a is not None]
-    if len(set(counts)) > 1:
-        raise InvalidValueError("lora_linear", "targets", f"{counts[0]} adapters each", counts[1:])
-    group = _Group(x, targets, routing, source)
+    each = list(routing) if isinstance(routing, Sequence) else [routing] * len(targets)
+    _check_routings(targets, each)
+    group = _Group(x, targets, each, source)
     if not len(x):
         return group.applied
     name, number = _dtype(x)
@@ -177,28 +180,30 @@ def decode_group(
 class _Group:
     """The argument of both launches, and the tensors that it points to."""
 
-    def __init__(self, x: torch.Tensor, targets: Sequence[Target], routing: Known | Router | None, source: Norm | Silu | None) -> None:
+    def __init__(
+        self, x: torch.Tensor, targets: Sequence[Target], routings: Sequence[Known | Router | None], source: Norm | Silu | None
+    ) -> None:
         num_tokens, cols = x.shape
         self.params = LinearParams(tokens=num_tokens, cols=cols, num_targets=len(targets), num_splits=-(-cols // lp.SPLIT_COLS))
         flags, prepared, total = self._set_source(x, source)
-        flags |= self._set_routing(x, routing)
+        flags |= self._set_routings(x, routings)
         self.params.x, self.params.x_stride = prepared.data_ptr(), prepared.stride(0)
         self.params.flags = flags | _flags((prepared, lp.X_ALIGNED))
         ys = [_empty(num_tokens, len(t.weight), like=x) for t in targets]
-        self._set_targets(targets, ys)
-        self.applied = Applied(ys, prepared, self._ids, self._gates, total)
+        self._set_targets(targets, routings, ys)
+        self.applied = Applied(ys, prepared, [None if given is None else self._taken[id(given)][1] for given in routings], total)
 
     @property
     def needs_prologue(self) -> bool:
         params = self.params
-        return params.source != lp.PLAIN or params.router is not None or params.num_slots * params.num_rank_tiles > 0
+        return params.source != lp.PLAIN or params.logits is not None or params.num_slots * params.num_rank_tiles > 0
 
     def prologue_grid(self, num_multiprocessors: int) -> int:
-        """A block for each unit of the shrink, share of x and row of the router, up to one a multiprocessor."""
+        """A block for each unit of the shrink, share of x and rows of routers, up to one a multiprocessor."""
         params = self.params
         units = self._num_choices * params.num_rank_tiles * params.num_splits
         pieces = 0 if params.source == lp.PLAIN else -(-params.tokens * params.cols // 2048)
-        rows = 0 if params.router is None else -(-params.num_adapters // 8)
+        rows = 0 if params.logits is None else -(-params.num_routings * params.num_adapters // 8)
         return min(num_multiprocessors, max(1, units, pieces, rows))
 
     def _set_source(self, x: torch.Tensor, source: Norm | Silu | None) -> tuple[int, torch.Tensor, torch.Tensor | None]:
@@ -223,46 +228,78 @@ class _Group:
                 flags |= _flags((total, lp.SUM_ALIGNED))
         return flags, prepared, total
 
-    def _set_routing(self, x: torch.Tensor, routing: Known | Router | None) -> int:
+    def _set_routings(self, x: torch.Tensor, routings: Sequence[Known | Router | None]) -> int:
+        """Known ids and gates, or the routers: each once, whatever number of targets has it. Returns flags."""
         import torch
 
         params = self.params
-        self._ids = self._gates = None
+        different = _different(routings)
+        self._taken: dict[int, tuple[int, Known]] = {}  # by id(given): its index, and what tokens take
         self._num_choices = 0
-        if routing is None:
+        if not different:
             return 0
-        if isinstance(routing, Router):
-            self._ids, self._gates = _empty_routing(x, routing.k)
-            params.num_adapters, params.normalize = len(routing.weight), routing.normalize
-            params.router, params.router_stride = routing.weight.data_ptr(), routing.weight.stride(0)
-            self._logits = _empty(len(x), len(routing.weight), like=x, dtype=torch.float32)
+        routers = [given for given in different if isinstance(given, Router)]
+        if routers:
+            params.num_adapters, params.normalize = len(routers[0].weight), routers[0].normalize
+            ids, gates = _empty_routing(x, len(routers), len(x), routers[0].k)
+            self._logits = _empty(len(routers), len(x), params.num_adapters, like=x, dtype=torch.float32)
             params.logits = self._logits.data_ptr()
-            self._num_choices = len(routing.weight)
+            self._num_choices = params.num_adapters
+            for i, router in enumerate(routers):
+                params.routers[i], params.router_strides[i] = router.weight.data_ptr(), router.weight.stride(0)
+                self._taken[id(router)] = i, Known(ids[i], gates[i])
         else:
-            self._ids, self._gates = routing.ids.contiguous(), routing.gates.contiguous()
-            self._num_choices = self._ids.numel()
-        params.num_slots = self._ids.shape[1]
-        _check_count("ids", "slots of a token", params.num_slots, MAX_SLOTS)
-        params.ids, params.gates = self._ids.data_ptr(), self._gates.data_ptr()
-        return _router_flags(x, routing.weight) if isinstance(routing, Router) else 0
+            known = next(given for given in different if isinstance(given, Known))
+            ids, gates = known.ids.contiguous(), known.gates.contiguous()
+            self._num_choices = ids.numel()
+            self._taken[id(known)] = 0, Known(ids, gates)
+        params.num_routings, params.num_slots = len(different), ids.shape[-1]
+        params.ids, params.gates = ids.data_ptr(), gates.data_ptr()
+        return _router_flags(x, *(router.weight for router in routers)) if routers else 0
 
-    def _set_targets(self, targets: Sequence[Target], ys: Sequence[torch.Tensor]) -> None:
+    def _set_targets(self, targets: Sequence[Target], routings: Sequence[Known | Router | None], ys: Sequence[torch.Tensor]) -> None:
         import torch
 
         params = self.params
-        num_places = params.num_splits * params.tokens * (params.num_adapters if params.router else params.num_slots)
+        targets = [t if given is not None else replace(t, a=None, b=None) for t, given in zip(targets, routings, strict=True)]
+        num_places = params.num_splits * params.tokens * (params.num_adapters if params.logits else params.num_slots)
         pitches = [-(-t.rank // lp.Z_PITCH_STEP) * lp.Z_PITCH_STEP for t in targets]
         self._z = _empty(num_places * sum(pitches), like=ys[0], dtype=torch.float32)
         offset = 0
-        for target, y, pitch, described in zip(targets, ys, pitches, params.targets, strict=False):
+        for target, given, y, pitch, described in zip(targets, routings, ys, pitches, params.targets, strict=False):
             _describe(described, target, y)
             described.z, described.z_pitch = self._z[offset:].data_ptr(), pitch
             described.first_tile, described.first_rank_tile = params.num_tiles, params.num_rank_tiles
             params.num_tiles += -(-len(target.weight) // lp.TILE_ROWS)
             params.num_rank_tiles += -(-target.rank // lp.MMA_ROWS)
+            if given is not None:
+                described.routing = self._taken[id(given)][0]
             if target.a is not None:
                 params.num_adapters = len(target.a)
             offset += num_places * pitch
+
+
+def _check_routings(targets: Sequence[Target], routings: Sequence[Known | Router | None]) -> None:
+    """One for each target; different ones are routers that differ in nothing but their weights; every target has a router's N."""
+    if len(routings) != len(targets):
+        raise InvalidValueError("lora_linear", "routing", f"one for each of {len(targets)} targets", len(routings))
+    different = _different(routings)
+    routers = [given for given in different if isinstance(given, Router)]
+    kinds = {router.kind for router in routers}
+    if len(different) > 1 and (len(kinds) > 1 or len(routers) < len(different)):
+        got = [*sorted(kinds), *["known ids"] * (len(different) - len(routers))]
+        raise InvalidValueError("lora_linear", "routing", "routers of one N, k, normalize and dtype, or one choice", got)
+    num_slots = sum(given.k if isinstance(given, Router) else given.ids.shape[1] for given in different)
+    _check_count("ids", "slots of a token", num_slots, MAX_SLOTS)
+    counts = [len(router.weight) for router in routers[:1]]
+    counts += [len(target.a) for target, given in zip(targets, routings, strict=True) if target.a is not None and given is not None]
+    if len(set(counts)) > 1:
+        raise InvalidValueError("lora_linear", "targets", f"{counts[0]} adapters each", counts[1:])
+
+
+def _different(routings: Sequence[Known | Router | None]) -> list[Known | Router]:
+    """Each object once, in their order."""
+    return list({id(given): given for given in routings if given is not None}.values())
 
 
 def _describe(described: LinearTarget, target: Target, y: torch.Tensor) -> None:
@@ -296,10 +333,11 @@ def _empty(*shape: int, like: torch.Tensor, dtype: torch.dtype | None = None) ->
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
 
 
-def _empty_routing(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _empty_routing(x: torch.Tensor, *shape: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """ids and gates."""
     import torch
 
-    return _empty(len(x), k, like=x, dtype=torch.int32), _empty(len(x), k, like=x, dtype=torch.float32)
+    return _empty(*shape, like=x, dtype=torch.int32), _empty(*shape, like=x, dtype=torch.float32)
 
 
 def _address(tensor: torch.Tensor | None) -> int | None:
@@ -311,5 +349,7 @@ def _flags(*pairs: tuple[torch.Tensor, int]) -> int:
     return sum(flag for tensor, flag in pairs if aligned(tensor))
 
 
-def _router_flags(x: torch.Tensor, weight: torch.Tensor) -> int:
-    return _flags((weight, lp.ROUTER_ALIGNED)) | (0 if weight.dtype == x.dtype else lp.ROUTER_WIDE)
+def _router_flags(x: torch.Tensor, *weights: torch.Tensor) -> int:
+    """Of routers of one dtype."""
+    is_aligned = all(aligned(weight) for weight in weights)
+    return (lp.ROUTER_ALIGNED if is_aligned else 0) | (0 if weights[0].dtype == x.dtype else lp.ROUTER_WIDE)

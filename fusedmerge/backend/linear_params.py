@@ -44,7 +44,7 @@ class LinearTarget(ctypes.Structure):
         *((name, _P) for name in ("weight", "a", "b", "scaling", "bias", "residual", "y", "z")),
         *((name, _L) for name in ("weight_stride", "a_adapter_stride", "a_row_stride", "b_adapter_stride", "b_row_stride")),
         *((name, _L) for name in ("residual_stride", "y_stride")),
-        *((name, _I) for name in ("rows", "rank", "z_pitch", "first_tile", "first_rank_tile", "flags")),
+        *((name, _I) for name in ("rows", "rank", "z_pitch", "first_tile", "first_rank_tile", "routing", "flags", "reserved")),
     ]
 
 
@@ -53,11 +53,13 @@ class LinearParams(ctypes.Structure):
 
     _fields_ = [
         ("targets", LinearTarget * MAX_TARGETS),
-        *((name, _P) for name in ("x", "input", "second", "norm_weight", "sum", "ids", "gates", "router", "logits")),
-        *((name, _L) for name in ("x_stride", "input_stride", "second_stride", "sum_stride", "router_stride")),
+        ("routers", _P * MAX_TARGETS),
+        ("router_strides", _L * MAX_TARGETS),
+        *((name, _P) for name in ("x", "input", "second", "norm_weight", "sum", "ids", "gates", "logits")),
+        *((name, _L) for name in ("x_stride", "input_stride", "second_stride", "sum_stride")),
         ("epsilon", _F),
         *((name, _I) for name in ("source", "tokens", "cols", "num_targets", "num_tiles", "num_rank_tiles", "num_splits")),
-        *((name, _I) for name in ("num_adapters", "num_slots", "normalize", "flags")),
+        *((name, _I) for name in ("num_adapters", "num_routings", "num_slots", "normalize", "flags", "reserved")),
     ]
 
 

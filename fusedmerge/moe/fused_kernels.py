@@ -3,13 +3,14 @@
     x -> [norm, router, shrink | q k v] -> attention -> [shrink | o, + x] -> [norm, shrink | gate up] -> [SiLU * up, shrink | down, + x]
 
 A bracket is a group: a prologue and a GEMV (docs/kernels/lora_linear.md). Linears without experts join the group that shares their x; a
-group of none needs no prologue, but for its norm or SiLU. Linears with routers of their own need a group for each router.
+group of none needs no prologue, but for its norm or SiLU. Linears with routers of their own share a group where the routers differ in
+nothing but their weights and are a part of the prologue; a router that is asked by itself needs a group of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 from fusedmerge.backend import linear
 from fusedmerge.backend.linear import Known, Norm, Silu, Target
 from fusedmerge.backend.linear_params import MAX_TOKENS
+from fusedmerge.backend.params import MAX_SLOTS
 from fusedmerge.moe.decoder_files import bias_name
 from fusedmerge.moe.experts import ExpertLinear, ExpertSet, Routes
 from fusedmerge.moe.routing import Router, TableRouter
@@ -59,20 +61,48 @@ def kernels_for(decoder: Decoder) -> str | None:
 def added_launches(decoder: Decoder, tokens: int = 1) -> int | None:
     """How many launches more a fused step of `tokens` tokens has on the kernels than the backbone's in the same groups.
 
-    They are the prologues that only experts need, and a pair for each further router among linears that share x. A router that is asked by
+    They are the prologues that only experts need, and a pair for each further group of linears that share x. A router that is asked by
     itself is not counted: merging asks it, too. None where linears do not run in groups, and `lora_linear` adds one launch for each target.
     """
     experts = decoder.experts
     if experts is None or experts.method == "mixlora" or tokens > MAX_TOKENS or kernels_for(decoder) is None:
         return None
     linears, count = experts.linears, 0
+    asked: set[str | None] = set()
     for names in decoder.names:
         for parts, is_made in _SHARING:
-            groups = _by_router(linears, [names[part] for part in parts])
-            shrinks = [any(linears[name].a.shape[1] for name in members if name in linears) for _, members in groups]
-            prologues = (is_made or shrinks[0]) + sum(shrinks[1:])
-            count += len(groups) + prologues - (1 + is_made)
+            groups = _groups(experts, [names[part] for part in parts], asked)
+            needed = [bool(g.fused) or any(linears[name].a.shape[1] for name in g.names if name in linears) for g in groups]
+            count += len(groups) + (is_made or needed[0]) + sum(needed[1:]) - (1 + is_made)
+            asked.update(linears[names[part]].router for part in parts if names[part] in linears)
     return count
+
+
+@dataclass
+class _Group:
+    """Linears of one pair of launches: of one router, or of several that the prologue asks."""
+
+    router: str | None  # of the first linear that has experts
+    names: list[str]
+    fused: dict[str | None, linear.Router] = field(default_factory=dict)  # by name; empty: asked before, or known
+
+    def takes(self, other: linear.Router) -> bool:
+        """Whether one more router may share the launches."""
+        return {fused.kind for fused in self.fused.values()} == {other.kind} and (len(self.fused) + 1) * other.k <= MAX_SLOTS
+
+
+def _groups(experts: ExpertSet, names: Sequence[str], asked: Container[str | None]) -> list[_Group]:
+    """The names that share x, as few groups as may be; those without experts in the first. asked: routers that have chosen already."""
+    groups: list[_Group] = []
+    for router, members in _by_router(experts.linears, names):
+        fused = None if router in asked else _fusable(experts, router, members)
+        group = next((group for group in groups if fused is not None and group.takes(fused)), None)
+        if group is None:
+            groups.append(group := _Group(router, []))
+        group.names.extend(members)
+        if fused is not None:
+            group.fused[router] = fused
+    return groups
 
 
 def _by_router(linears: Mapping[str, ExpertLinear], names: Sequence[str]) -> list[tuple[str | None, list[str]]]:
@@ -107,6 +137,24 @@ def _choice(router: Routes) -> tuple[Tensor, int, bool] | None:
     if isinstance(router, partial) and router.func is route_topk and not router.args and {"router_weight", "k"} <= router.keywords.keys():
         return router.keywords["router_weight"].detach(), router.keywords["k"], router.keywords.get("normalize", True)
     return None
+
+
+def _fusable(experts: ExpertSet, router: str | None, names: Sequence[str]) -> linear.Router | None:
+    """The router as a part of its linears' prologue, which then reads A of all N experts; None where it is asked by itself.
+
+    The number of tokens has no say: a token's bits do not depend on its batch.
+    """
+    choice = None if router is None else _choice(experts.routers[router])
+    if choice is None:
+        return None
+    weight, k, normalize = choice
+    factors = [experts.linears[name].a for name in names if name in experts.linears]  # [N, r, in] each
+    fits = all(weight.shape == (len(a), a.shape[2]) for a in factors) and 1 <= k <= len(weight)  # else `route_topk` tells why not
+    typed = all(weight.dtype in (a.dtype, torch.float32) and weight.device == a.device for a in factors) and weight.stride(-1) == 1
+    spare = sum((len(a) - k) * a.shape[1] * a.shape[2] * a.element_size() for a in factors)
+    if not (fits and typed) or spare > _SPARE_BYTES:
+        return None
+    return linear.Router(weight, k, normalize)
 
 
 class FusedKernels(Fused):
@@ -150,44 +198,28 @@ class FusedKernels(Fused):
         batch, rows = x.shape[:-1], _rows(x)
         ys: dict[str, Tensor] = {}
         residual = None if stream is None else _rows(stream)
-        for router, members in _by_router(self.experts.linears, names):
-            routing: Known | linear.Router | None = None
-            if any(name in self.experts.linears for name in members):
-                routing = self._fusable(router, members, x)
-                if routing is None:
-                    if self._reads(router):
-                        rows, source = self._made(rows, source), None
-                    ids, gates = self.route(router, rows.unflatten(0, batch))
-                    routing = Known(_rows(ids).to(torch.int32), _rows(gates).float())
-            targets = [replace(self._targets[name], residual=residual) for name in members]
+        for group in _groups(self.experts, names, self.chosen):
+            routers = [self.experts.linears[name].router if name in self.experts.linears else None for name in group.names]
+            routing: Known | list[linear.Router | None] | None = None
+            if group.fused:
+                routing = [group.fused.get(router) for router in routers]
+            elif any(name in self.experts.linears for name in group.names):
+                if self._reads(group.router):
+                    rows, source = self._made(rows, source), None
+                ids, gates = self.route(group.router, rows.unflatten(0, batch))
+                routing = Known(_rows(ids).to(torch.int32), _rows(gates).float())
+            targets = [replace(self._targets[name], residual=residual) for name in group.names]
             applied = linear.decode_group(self.backend, rows, targets, routing, source)
-            if isinstance(routing, linear.Router):
-                assert applied.ids is not None and applied.gates is not None
-                self.chosen[router] = applied.ids.unflatten(0, batch), applied.gates.unflatten(0, batch)
+            for router, taken in zip(routers, applied.routings, strict=True):
+                if router in group.fused and taken is not None:
+                    self.chosen[router] = taken.ids.unflatten(0, batch), taken.gates.unflatten(0, batch)
             rows, source = applied.x, None
-            ys |= {name: y.unflatten(0, batch) for name, y in zip(members, applied.ys, strict=True)}
+            ys |= {name: y.unflatten(0, batch) for name, y in zip(group.names, applied.ys, strict=True)}
         return [ys[name] for name in names]
 
     def _reads(self, router: str | None) -> bool:
         """Whether a router has yet to be asked, with x."""
         return router is not None and router not in self.chosen and not isinstance(self.experts.routers[router], TableRouter)
-
-    def _fusable(self, router: str | None, members: Sequence[str], x: Tensor) -> linear.Router | None:
-        """The router as a part of the group's prologue, which then reads A of all N experts; None where it is asked by itself.
-
-        The number of tokens has no say: a token's bits do not depend on its batch.
-        """
-        choice = _choice(self.experts.routers[router]) if router is not None and self._reads(router) else None
-        if choice is None:
-            return None
-        weight, k, normalize = choice
-        factors = [self.experts.linears[name].a for name in members if name in self.experts.linears]  # [N, r, in] each
-        fits = all(weight.shape == (len(a), x.shape[-1]) for a in factors) and 1 <= k <= len(weight)  # else `route_topk` tells why not
-        typed = weight.dtype in (x.dtype, torch.float32) and weight.device == x.device and weight.stride(-1) == 1
-        spare = sum((len(a) - k) * a.shape[1] * a.shape[2] * a.element_size() for a in factors)
-        if not (fits and typed) or spare > _SPARE_BYTES:
-            return None
-        return linear.Router(weight, k, normalize)
 
     @staticmethod
     def _made(x: Tensor, source: Norm | Silu | None) -> Tensor:

@@ -133,12 +133,11 @@ def step_launches(decoder, launched, batch=1):
     return list(launched)
 
 
-@pytest.mark.parametrize(("method", "pairs"), [("lora_switch", 4), ("lora", 4), ("mola", 7)])
+@pytest.mark.parametrize(("method", "pairs"), [("lora_switch", 4), ("lora", 4), ("mola", 4)])
 def test_launches_of_a_step(decoder, launched, method, pairs):
     decoder.experts = make_experts(decoder, method)
     assert step_launches(decoder, launched, batch=2) == PAIR * pairs * decoder.config.layers
-    if pairs == 4:
-        assert 2 * pairs == model.FUSED_LAUNCHES - 1  # attention
+    assert 2 * pairs == model.FUSED_LAUNCHES - 1  # attention
 
 
 def _table(experts):
@@ -159,7 +158,17 @@ def _without_rank(experts):
         name: replace(linear, a=linear.a[:, :0], b=linear.b[..., :0]) if "o_proj" in name or "q_proj" in name else linear
         for name, linear in experts.linears.items()
     }
-    return _table(ExpertSet(experts.method, linears, experts.routers))
+    return ExpertSet(experts.method, linears, experts.routers)
+
+
+def _some(change, *parts):
+    """The routers of these linears changed."""
+
+    def changed(experts):
+        made = {name: change(router) if name.split(".")[-1] in parts else router for name, router in experts.routers.items()}
+        return ExpertSet(experts.method, experts.linears, made)
+
+    return changed
 
 
 ADDED = {
@@ -168,10 +177,15 @@ ADDED = {
     "table": ("lora_switch", _table, 1),
     "router": ("lora_switch", lambda experts: experts, 1),
     "router asked": ("lora_switch", lambda experts: with_routers(experts, ROUTERS["asked"]), 1),
-    "rank 0": ("lora_switch", _without_rank, 0),
-    "mola": ("mola", lambda experts: experts, 7),
+    "rank 0": ("lora_switch", lambda experts: _table(_without_rank(experts)), 0),
+    "mola": ("mola", lambda experts: experts, 1),
     "mola of v and o": ("mola", _only("v_proj", "o_proj"), 1),
-    "mola of two": ("mola", _only("k_proj", "v_proj"), 2),
+    "mola of two": ("mola", _only("k_proj", "v_proj"), 0),
+    "mola, rank 0": ("mola", _without_rank, 1),
+    "mola asked": ("mola", lambda experts: with_routers(experts, ROUTERS["asked"]), 7),
+    "mola, two asked": ("mola", _some(ROUTERS["asked"], "q_proj", "up_proj"), 5),
+    "mola, another k": ("mola", _some(lambda router: partial(router, k=3), "k_proj"), 3),
+    "mola, another dtype": ("mola", _some(as_module, "gate_proj", "up_proj", "v_proj"), 3),
 }
 
 
@@ -185,6 +199,13 @@ def test_launches_that_experts_add(decoder, launched, case):
     assert added_launches(decoder) == len(fused) - len(plain) == per_layer * decoder.config.layers
     if case == "lora":
         assert per_layer == model.FUSED_LAUNCHES - model.BACKBONE_LAUNCHES
+
+
+def test_routers_share_a_launch_while_it_has_slots(decoder, launched):
+    """11 slots for each of q, k and v are more than 32; for gate and up they fit."""
+    decoder.experts = make_experts(decoder, "mola", count=11, k=11)
+    assert step_launches(decoder, launched) == PAIR * 5 * decoder.config.layers
+    assert added_launches(decoder) == 3 * decoder.config.layers
 
 
 def test_launches_are_told_for_groups_only(decoder, on_simulator, monkeypatch):
@@ -248,6 +269,25 @@ def test_a_tokens_bits_do_not_depend_on_the_batch(decoder, on_simulator, method,
     for rows in ([3], [10, 0, 5, 3]):
         for among, alone in zip(whole, linears_of_a_layer(apply, decoder, x[rows], attended[rows]), strict=True):
             assert bits(among[rows]) == bits(alone)
+
+
+def test_linears_that_share_a_launch_have_the_bits_of_linears_that_do_not(decoder, launched, monkeypatch):
+    """mola, where k_proj has no experts, and q_proj's are of rank 0."""
+    experts = make_experts(decoder, "mola")
+    few = {name: linear for name, linear in experts.linears.items() if "k_proj" not in name}
+    decoder.experts = _without_rank(ExpertSet("mola", few, experts.routers))
+    x, attended = torch.randn(2, 11, 1, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    outs, chosen, counts = [], [], []
+    for alone in (False, True):
+        if alone:
+            monkeypatch.setattr(fused_kernels._Group, "takes", lambda self, other: False)
+        apply = make(decoder, "fused")
+        launched.clear()
+        outs.append(linears_of_a_layer(apply, decoder, x, attended))
+        counts.append(len(launched))
+        chosen.append({name: [part.tolist() for part in route] for name, route in apply.chosen.items()})
+    assert counts == [8, 12] and len(chosen[0]) == 6
+    assert all(bits(one) == bits(other) for one, other in zip(*outs, strict=True)) and chosen[0] == chosen[1]
 
 
 def test_tokens_without_experts_get_the_backbones_bits_and_no_factor_is_read(decoder, on_simulator):

@@ -73,26 +73,27 @@ struct Expand {
 
     FM_DEVICE void stage(const LinearTarget& target, int first, int count) {
         const int num_octets = target.z_pitch / 8;
-        block_barrier();  // the last places have been used
+        const int first_slot = target.routing * params.num_slots;
+        block_barrier();  // the last places have been used, and the routing is visible
         for (int i = thread_index(); i < params.tokens * pitch; i += kThreads) {
             const int octet = first + i % pitch;
             if (octet >= count) continue;
             const int of = i / pitch;
             const int slot = octet / num_octets;
             const int rank = octet % num_octets * 8;
-            const int id = routing.ids[of][slot];
-            float coefficient = routing.gates[of][slot];
+            const int id = routing.ids[of][first_slot + slot];
+            float coefficient = routing.gates[of][first_slot + slot];
             if (id >= 0 && target.scaling != nullptr) coefficient = multiply(coefficient, target.scaling[id]);
             const bool adds = id >= 0 && coefficient != 0.0f;  // else nothing is read, whatever the factors hold
             staged.places[i] = {adds ? id * target.b_adapter_stride + rank : -1, coefficient, target.rank - rank};
-            if (adds) load_z(i, target, of, params.router != nullptr ? id : slot, rank);
+            if (adds) load_z(i, target, of, params.logits != nullptr ? id : slot, rank);
         }
         block_barrier();  // the places are visible
     }
 
     // Eight ranks of z, its splits added in order.
     FM_DEVICE void load_z(int place, const LinearTarget& target, int of, int slot, int rank) {
-        long long num_slots = params.router != nullptr ? params.num_adapters : params.num_slots;
+        long long num_slots = params.logits != nullptr ? params.num_adapters : params.num_slots;
         const float* from = target.z + (of * num_slots + slot) * target.z_pitch + rank;
         float z[8] = {};
         for (int split = 0; split < params.num_splits; ++split) {

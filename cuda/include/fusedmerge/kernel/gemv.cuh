@@ -159,8 +159,20 @@ struct Gemv {
             copy_async_commit();
             again.advance();
         }
-        active = params.num_slots > 0 && memory.routing.find(params);
-        if (block_index() == 0 && params.router != nullptr) report_routing();
+        if (params.logits != nullptr) {
+            memory.routing.choose_all(params, routings_of_tiles());
+            active = true;
+        } else {
+            active = params.num_slots > 0 && memory.routing.read(params);
+        }
+    }
+
+    // Bits of the routings that the block's tiles take; all for the first block, which hands them out.
+    FM_DEVICE int routings_of_tiles() const {
+        if (block_index() == 0 || params.num_routings == 1) return ~0;
+        int bits = 0;
+        for (int tile = block_index(); tile < params.num_tiles; tile += grid_size()) bits |= 1 << target_of(params, tile).routing;
+        return bits;
     }
 
     FM_DEVICE bool has_token(int n) const { return lane / 4 + 8 * n < params.tokens; }
@@ -212,13 +224,6 @@ struct Gemv {
         for (int n = 0; n < kTokenTiles; ++n) octets[n] = own[kRowOctets + n][lane];
         FM_UNROLL
         for (int half = 0; half < 2; ++half) products[half].add_chunk({own[2 * half][lane], own[2 * half + 1][lane]}, octets);
-    }
-
-    FM_DEVICE void report_routing() const {
-        for (int i = thread; i < params.tokens * params.num_slots; i += kThreads) {
-            params.ids[i] = memory.routing.ids[i / params.num_slots][i % params.num_slots];
-            params.gates[i] = memory.routing.gates[i / params.num_slots][i % params.num_slots];
-        }
     }
 
     FM_DEVICE void finish(const LinearTarget& target, int row, int token, float delta) const {

@@ -57,7 +57,9 @@ struct LinearTarget {
     int z_pitch;          // r padded to a multiple of kZPitchStep
     int first_tile;       // tiles of kTileRows rows of all targets before this one
     int first_rank_tile;  // tiles of kMmaRows ranks of all targets before this one
+    int routing;          // whose choice of adapters its tokens take, of the launch's num_routings
     int flags;            // TargetFlags
+    int reserved;
 };
 
 // How x comes about. Each arrow is one rounding to x's dtype.
@@ -70,20 +72,21 @@ enum SourceKind {
 // The argument of prologue and GEMV.
 struct LinearParams {
     LinearTarget targets[kMaxTargets];
+    // Of each routing, where there are routers: [N, in], of x's type, or all float32; and elements between adapters.
+    const void* routers[kMaxTargets];
+    long long router_strides[kMaxTargets];
     const void* x;            // [T, in]: input itself, or what the prologue writes
     const void* input;        // [T, in]
     const void* second;       // [T, in]; null = none
     const void* norm_weight;  // [in]
     void* sum;                // [T, in], written: the residual stream; null = not wanted. Not input, nor second
-    int* ids;                 // [T, k]: read, or written where there is a router; -1 = empty slot
-    float* gates;             // [T, k]: read, or written where there is a router
-    const void* router;       // [N, in], of x's type or float32; null = ids and gates are known
-    float* logits;            // [T, N], workspace of a router
+    int* ids;                 // [routings, T, k]: read, or written where there are routers; -1 = empty slot
+    float* gates;             // [routings, T, k]: read, or written where there are routers
+    float* logits;            // [routings, T, N], workspace of routers; null = ids and gates are known
     long long x_stride;       // between tokens
     long long input_stride;
     long long second_stride;
     long long sum_stride;
-    long long router_stride;  // between adapters
     float epsilon;
     int source;  // SourceKind
     int tokens;  // T, at most kMaxTokens
@@ -93,9 +96,11 @@ struct LinearParams {
     int num_rank_tiles;  // of kMmaRows ranks, of all targets
     int num_splits;      // of kSplitCols columns
     int num_adapters;    // N
-    int num_slots;       // k, at most kMaxSlots
+    int num_routings;    // routers, or 1
+    int num_slots;       // k of each routing; of all, at most kMaxSlots
     int normalize;       // as RouteParams
     int flags;           // SourceFlags
+    int reserved;
 };
 
 }  // namespace fusedmerge

@@ -71,7 +71,7 @@ struct Products {
     }
 };
 
-// What each token takes, in shared memory; tokens from T on take nothing.
+// What each token takes, in shared memory, the routings' slots side by side. Of known ids, tokens from T on take nothing.
 template <int kTokenTiles>
 struct Routing {
     static constexpr int kPitch = kMaxSlots + 1;  // tokens lie in different banks
@@ -79,10 +79,8 @@ struct Routing {
     int ids[8 * kTokenTiles][kPitch];  // -1: empty
     float gates[8 * kTokenTiles][kPitch];
 
-    // Block-wide; false: no slot is used. Where there is a router, the prologue's logits tell.
-    FM_DEVICE bool find(const LinearParams& params) { return params.router != nullptr ? choose_all(params) : read(params); }
-
-    // An id outside [0, N) is an empty slot: nothing out of bounds is read. So is one whose gate is 0.
+    // Known ids; block-wide; false: no slot is used. An id outside [0, N) is an empty slot: nothing out of bounds is read. So is one whose
+    // gate is 0.
     FM_DEVICE bool read(const LinearParams& params) {
         bool used = false;
         for (int i = thread_index(); i < 8 * kTokenTiles * params.num_slots; i += kThreads) {
@@ -96,16 +94,25 @@ struct Routing {
         return block_any(used);
     }
 
-    FM_DEVICE bool choose_all(const LinearParams& params) {
-        int lane = thread_index() % kWarpLanes;
-        for (int token = thread_index() / kWarpLanes; token < 8 * kTokenTiles; token += kWarps) {
-            const float* logits = params.logits + token * params.num_adapters;
-            Slot slot = choose(logits, token < params.tokens ? params.num_adapters : 0, params.num_slots, params.normalize != 0);
-            ids[token][lane] = slot.id;
-            gates[token][lane] = slot.gate;
+    // From the prologue's logits, for the routings whose bits are set: a warp for each token of each. What it leaves is visible after the
+    // next barrier. The first block hands them out, too.
+    FM_DEVICE void choose_all(const LinearParams& params, int bits) {
+        const int lane = thread_index() % kWarpLanes;
+        int token = thread_index() / kWarpLanes;
+        int routing = 0;
+        for (int i = token; i < params.num_routings * params.tokens; i += kWarps, token += kWarps) {
+            for (; token >= params.tokens; token -= params.tokens) ++routing;
+            if ((bits >> routing & 1) == 0) continue;
+            const Slot slot = choose(params.logits + i * params.num_adapters, params.num_adapters, params.num_slots, params.normalize != 0);
+            if (lane < params.num_slots) {
+                ids[token][routing * params.num_slots + lane] = slot.id;
+                gates[token][routing * params.num_slots + lane] = slot.gate;
+            }
+            if (lane < params.num_slots && block_index() == 0) {
+                params.ids[i * params.num_slots + lane] = slot.id;
+                params.gates[i * params.num_slots + lane] = slot.gate;
+            }
         }
-        block_barrier();  // every token's are visible
-        return true;
     }
 };
 

@@ -1,10 +1,10 @@
-// The prologue of a group of linears that share x: x itself, the router's logits, and the shrink z = A x.
+// The prologue of a group of linears that share x: x itself, the routers' logits, and the shrink z = A x.
 //
-//   | written | shape               |                                                                                             |
-//   | x       | [T, in]             | where it has a source (source.cuh); each block prepares for itself what it multiplies       |
-//   | sum     | [T, in]             | the residual stream                                                                         |
-//   | logits  | [T, N] float32      | where the layer has a router; the GEMV's blocks choose from them, each for itself           |
-//   | z       | [splits, T, slots, r] float32 | known ids: slot j's adapter's rows. With a router: all N adapters', so that nothing waits |
+//   | written | shape                         |                                                                                          |
+//   | x       | [T, in]                       | where it has a source (source.cuh); each block prepares for itself what it multiplies    |
+//   | sum     | [T, in]                       | the residual stream                                                                      |
+//   | logits  | [routings, T, N] float32      | where there are routers; the GEMV's blocks choose from them, each for itself             |
+//   | z       | [splits, T, slots, r] float32 | known ids: slot j's adapter's rows. With routers: all N adapters', so that nothing waits |
 //
 // Grid: any number of blocks of kThreads; units are taken with the grid's stride. A unit of the shrink is 16 ranks of one adapter of one
 // target, times 2,048 columns: 64 KB of A, all of them in flight at once, while the block prepares x.
@@ -45,19 +45,19 @@ struct Prologue {
           thread(thread_index()),
           warp(thread / kWarpLanes),
           lane(thread % kWarpLanes),
-          num_choices(p.router != nullptr ? p.num_adapters : p.tokens * p.num_slots) {}
+          num_choices(p.logits != nullptr ? p.num_adapters : p.tokens * p.num_slots) {}
 
     FM_DEVICE void run() {
         grid_wait();
         launch_dependents();
-        bool active = params.router != nullptr || memory.routing.read(params);
+        bool active = params.logits != nullptr || memory.routing.read(params);
         if (active) num_units = num_choices * params.num_rank_tiles * params.num_splits;
         Unit unit;
         bool more = next_unit(unit, block_index());
         if (more) fetch(unit);
         if (params.source == kSourceNorm) measure();
         if (params.source != kSourcePlain) write_x();
-        if (params.router != nullptr) write_logits();
+        if (params.logits != nullptr) write_logits();
         while (more) {
             shrink(unit);
             more = next_unit(unit, unit.idx + grid_size());
@@ -77,7 +77,7 @@ struct Prologue {
     FM_DEVICE bool next_unit(Unit& unit, int idx) const {
         for (; idx < num_units; idx += grid_size()) {
             int choice = idx % num_choices;
-            unit.id = params.router != nullptr ? choice : first_of(choice);
+            unit.id = params.logits != nullptr ? choice : first_of(choice);
             if (unit.id < 0) continue;
             int rank_tile = idx / num_choices % params.num_rank_tiles;
             int t = 0;
@@ -173,12 +173,15 @@ struct Prologue {
 
     // This block's share of the logits, from the last block on: the first ones have units.
     FM_DEVICE void write_logits() const {
-        for (int n = (grid_size() - 1 - block_index()) * kWarps + warp; n < params.num_adapters; n += grid_size() * kWarps) {
-            const RouterRow<T> row(params.router, params.router_stride, n, params.cols, params.flags);
+        const int count = params.num_routings * params.num_adapters;
+        for (int i = (grid_size() - 1 - block_index()) * kWarps + warp; i < count; i += grid_size() * kWarps) {
+            const int routing = i / params.num_adapters;
+            const int adapter = i % params.num_adapters;
+            const RouterRow<T> row(params.routers[routing], params.router_strides[routing], adapter, params.cols, params.flags);
             for (int token = 0; token < params.tokens; ++token) {
                 auto load_x = [&](Octet<T>& octet, int col) { source.load(octet, token, col); };
                 float logit = router_logit(load_x, row);
-                if (lane == 0) params.logits[token * params.num_adapters + n] = logit;
+                if (lane == 0) params.logits[(routing * params.tokens + token) * params.num_adapters + adapter] = logit;
             }
         }
     }
@@ -222,7 +225,7 @@ struct Prologue {
         int rank = unit.rank + row;
         if (token >= params.tokens || rank >= params.targets[unit.target].z_pitch) return;
         float value = memory.partials.total(row, token);
-        if (params.router != nullptr) {
+        if (params.logits != nullptr) {
             z_at(unit, token, unit.id, rank) = value;
             return;
         }
@@ -232,7 +235,7 @@ struct Prologue {
     }
 
     FM_DEVICE float& z_at(const Unit& unit, int token, int slot, int rank) const {
-        long long num_slots = params.router != nullptr ? params.num_adapters : params.num_slots;
+        long long num_slots = params.logits != nullptr ? params.num_adapters : params.num_slots;
         long long place = (static_cast<long long>(unit.split) * params.tokens + token) * num_slots + slot;
         return params.targets[unit.target].z[place * params.targets[unit.target].z_pitch + rank];
     }
