@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from fusedmerge import backend
 from fusedmerge.errors import InvalidTypeError, InvalidValueError, UnknownNameError
 from fusedmerge.weights import Weights, collect
 
@@ -31,6 +32,7 @@ __all__ = [
     "factor_bytes",
     "fused_work",
     "measure_rates",
+    "reads_twice",
     "switch_work",
     "target_sizes",
 ]
@@ -116,7 +118,7 @@ def crossover(
     device = bank.target(bank.targets[0]).a.device
     rates = rates or measure_rates(device)
     switch = switch_work(sizes, k, mode)
-    fused = fused_work(sizes, k, len(bank), launches=launches, second_pass=device.type == "cpu")
+    fused = fused_work(sizes, k, len(bank), launches=launches, second_pass=reads_twice(device))
     switch_seconds, extra = switch.seconds(rates), fused.seconds(rates)
     return Crossover(switch_seconds / extra, switch_seconds, extra, switch, fused, rates)
 
@@ -159,7 +161,7 @@ def fused_work(
 ) -> Work:
     """What one decode step of `tokens` tokens costs beyond the backbone's: the chosen experts' factors, and `launches` (one a target).
 
-    Tokens are taken to route at random (`distinct_experts`). second_pass: 16-bit weights are read twice, as `lora_linear` does on the CPU.
+    Tokens are taken to route at random (`distinct_experts`). second_pass: 16-bit weights are read twice (`reads_twice`).
     """
     experts = distinct_experts(num_adapters, k, tokens)
     nbytes = sum(experts * factor_bytes(target) for target in targets)
@@ -167,6 +169,11 @@ def fused_work(
         nbytes += sum(t.rows * t.cols * t.weight_itemsize for t in targets if t.weight_itemsize == 2)
     flops = sum(2 * tokens * k * target.rank * (target.rows + target.cols) for target in targets)
     return Work(nbytes, flops, len(targets) if launches is None else launches)
+
+
+def reads_twice(device: torch.device) -> bool:
+    """Whether `lora_linear` reads a 16-bit weight twice, for its one rounding: on the CPU, where the extension was not built."""
+    return device.type == "cpu" and backend.extension() is None
 
 
 def distinct_experts(num_adapters: int, k: int, tokens: int) -> float:

@@ -14,9 +14,9 @@
 
 #include "describe.h"
 #include "launch.h"
-#include "merge_cpu.h"
 #include "places.h"
 #include "plan.h"
+#include "variants.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -31,11 +31,23 @@ template <class T, int kDims>
 using Table = nb::ndarray<const T, nb::numpy, nb::ndim<kDims>, nb::c_contig, nb::device::cpu>;
 
 [[noreturn]] void fail(const std::string& field, const std::string& expected, const std::string& got) {
-    throw nb::value_error(("merge_cpu: " + field + ": expected " + expected + ", got " + got).c_str());
+    throw nb::value_error((field + ": expected " + expected + ", got " + got).c_str());
 }
 
 void expect(bool holds, const char* field, const std::string& expected, int64_t got) {
-    if (!holds) fail(field, expected, std::to_string(got));
+    if (!holds) fail(std::string("merge_cpu: ") + field, expected, std::to_string(got));
+}
+
+const Variant& variant_of(const char* operation, const std::string& isa) {
+    const Variant* found = find_variant(isa);
+    if (found == nullptr) fail(std::string(operation) + ": isa", "one of isas()", isa);
+    return *found;
+}
+
+std::vector<std::string> isas() {
+    std::vector<std::string> names;
+    for (const Variant& variant : variants()) names.push_back(variant.name);
+    return names;
 }
 
 template <class T>
@@ -74,8 +86,7 @@ void merge(const Table<int64_t, 2>& segments, const Table<int64_t, 2>& experts, 
     expect(experts.shape(1) == kExpertFields, "experts", "6 columns", experts.shape(1));
     expect(coefficients.shape(0) == experts.shape(0), "coefficients", std::to_string(experts.shape(0)) + " values", coefficients.shape(0));
     expect(threads >= 1, "threads", "at least 1", threads);
-    const std::string variant = isa.empty() ? isas().back() : isa;
-    if (std::find(isas().begin(), isas().end(), variant) == isas().end()) fail("isa", "one of isas()", variant);
+    const Variant& variant = variant_of("merge_cpu", isa);
 
     std::vector<Segment> list;
     list.reserve(segments.shape(0));
@@ -92,8 +103,21 @@ void merge(const Table<int64_t, 2>& segments, const Table<int64_t, 2>& experts, 
         }
     }
     nb::gil_scoped_release release;
-    merge_cpu(std::move(list), threads, variant);
+    merge_cpu(std::move(list), threads, variant.merge);
     if (done) done->data()[0] = 1;  // before Python runs again: an interrupt that arrives now cannot hide that the weights have changed
+}
+
+// The kernels of fused application by the names that the CUDA ones have: prologue_bf16_8, gemv_fp16_16, route_bf16, ...
+void linear(const std::string& name, int grid, int64_t params, int threads, const std::string& isa) {
+    const LinearKernels& kernels = variant_of("linear_cpu", isa).linear;
+    const Dtype dtype = name.find("bf16") != std::string::npos ? Dtype::kBFloat16 : Dtype::kFloat16;
+    const nb::gil_scoped_release release;
+    if (name.rfind("route", 0) == 0) {
+        kernels.route(*pointer<const RouteParams>(params), dtype, grid, threads);
+    } else {
+        const auto run = name.rfind("gemv", 0) == 0 ? kernels.gemv : kernels.prologue;
+        run(*pointer<const LinearParams>(params), dtype, threads);
+    }
 }
 
 constexpr const char* kOperation = "switch";
@@ -150,7 +174,7 @@ void launch_loaded(const std::string& name, int64_t function, int grid, int thre
 NB_MODULE(_ext, m) {
     m.doc() = "Compiled kernels of fusedmerge.";
     m.def("isas", &fusedmerge::isas, "Names of the CPU kernel variants that run here, the best one last.");
-    m.def("isa", [] { return fusedmerge::isas().back(); }, "Name of the CPU kernel variant that `merge_cpu` uses by default.");
+    m.def("isa", [] { return fusedmerge::variants().back().name; }, "Name of the CPU kernel variant that `merge_cpu` uses by default.");
     m.def("merge_cpu", &fusedmerge::merge, "segments"_a.noconvert(), "experts"_a.noconvert(), "coefficients"_a.noconvert(), "threads"_a,
           nb::kw_only(), "isa"_a = "", "done"_a.noconvert().none() = nb::none(),
           R"(live = round(source + sum_e coefficient_e B_e A_e) for every segment, in one call without the GIL.
@@ -168,6 +192,14 @@ The caller keeps all memory alive. Sums are float32, with one rounding to the we
 skipped, and a segment without any copies the source's bits. The bits depend on `isa`, not on `threads`.
 
 Raises ValueError for a table that cannot be right, MemoryError if a workspace does not fit; nothing is written then.)");
+    m.def("linear_cpu", &fusedmerge::linear, "name"_a, "grid"_a, "params"_a, "threads"_a, "isa"_a = "",
+          R"(Run a kernel of fused application (python/linear_cpu.h) on the CPU, without the GIL, from the arguments of its CUDA twin.
+
+name     of a kernel of cuda/src/kernels.h: prologue_<dtype>_<tokens>, gemv_<dtype>_<tokens>, or route_<dtype>
+grid     of route: the number of tokens
+params   the address of its LinearParams or RouteParams, which point to memory of the CPU
+
+Raises ValueError for another isa, MemoryError if a workspace does not fit; nothing is written then.)");
     m.def("describe_structs", &fusedmerge::describe_structs, R"("Struct.field offset size" lines for what the functions below read.)");
     m.def("describe_places", &fusedmerge::describe_places, "exchange"_a, "holders"_a, "names"_a, "num_modules"_a,
           R"(What is at holders[i][names[i]] now, as bytes that are equal while nothing has moved; None where a tensor is missing.

@@ -1,72 +1,17 @@
-// Plan, variants and threads of the CPU merge; the arithmetic is in merge_fma.cpp and merge_amx.cpp.
+// Plan and threads of the CPU merge; the arithmetic is in merge_fma.cpp and merge_amx.cpp.
 #include "merge_cpu.h"
 
 #include <algorithm>
 #include <atomic>
-#include <cfenv>
 #include <cmath>
 #include <cstring>
 #include <memory>
 #include <new>
-#include <system_error>
-#include <thread>
 
-#if defined(FUSEDMERGE_AMX)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
+#include "threads.h"
 
 namespace fusedmerge {
 namespace {
-
-#if defined(FUSEDMERGE_AMX)
-// The processor has bfloat16 tiles, and the kernel lets this process use them (it saves their 8 KiB only for processes that ask).
-bool has_amx() {
-    constexpr unsigned kBFloat16Tiles = 1u << 22, kTiles = 1u << 24;
-    constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-    return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kBFloat16Tiles) && (edx & kTiles) &&
-           syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-}
-#endif
-
-struct Variant {
-    std::string name;
-    MergeUnit merge;
-};
-
-const std::vector<Variant>& variants() {
-    static const std::vector<Variant> found = [] {
-        std::vector<Variant> list{{"portable", merge_unit_portable}};
-#if defined(FUSEDMERGE_X86)
-        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) list.push_back({"avx2", merge_unit_avx2});
-        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
-            list.push_back({"avx512", merge_unit_avx512});
-#if defined(FUSEDMERGE_AMX)
-            if (has_amx()) list.push_back({"amx", merge_unit_amx});
-#endif
-        }
-#endif
-        return list;
-    }();
-    return found;
-}
-
-// Whatever rounding and flushing modes the process has set, this thread computes with the default ones until the end of the scope.
-class DefaultFloatEnvironment {
-  public:
-    DefaultFloatEnvironment() {
-        std::fegetenv(&saved_);
-        std::fesetenv(FE_DFL_ENV);
-    }
-    ~DefaultFloatEnvironment() { std::fesetenv(&saved_); }
-    DefaultFloatEnvironment(const DefaultFloatEnvironment&) = delete;
-    DefaultFloatEnvironment& operator=(const DefaultFloatEnvironment&) = delete;
-
-  private:
-    std::fenv_t saved_;
-};
 
 void copy_unit(const Unit& unit) {
     const Segment& s = *unit.segment;
@@ -138,34 +83,15 @@ void run_units(const Plan& plan, MergeUnit merge, std::atomic<int64_t>& next, st
 
 }  // namespace
 
-const std::vector<std::string>& isas() {
-    static const std::vector<std::string> names = [] {
-        std::vector<std::string> list;
-        for (const Variant& variant : variants()) list.push_back(variant.name);
-        return list;
-    }();
-    return names;
-}
-
-void merge_cpu(std::vector<Segment> segments, int threads, const std::string& isa) {
-    const auto variant = std::find_if(variants().begin(), variants().end(), [&](const Variant& v) { return v.name == isa; });
+void merge_cpu(std::vector<Segment> segments, int threads, MergeUnit merge) {
     const Plan plan(std::move(segments));
     const size_t num_workers = std::max<int64_t>(1, std::min<int64_t>(threads, plan.num_units()));
     std::vector<Workspace> workspaces;
     for (size_t i = 0; i < num_workers; ++i) {
         workspaces.emplace_back(static_cast<std::byte*>(::operator new(plan.workspace_bytes(), std::align_val_t{64})));
     }
-    std::vector<std::thread> workers;
-    workers.reserve(num_workers);
     std::atomic<int64_t> next{0};
-    try {
-        for (size_t i = 1; i < num_workers; ++i) {
-            workers.emplace_back(run_units, std::cref(plan), variant->merge, std::ref(next), workspaces[i].get());
-        }
-    } catch (const std::system_error&) {  // no more threads to be had: those that run do all the work, to the same bits
-    }
-    run_units(plan, variant->merge, next, workspaces[0].get());
-    for (std::thread& worker : workers) worker.join();
+    run_on_threads(static_cast<int>(num_workers), [&](int worker) { run_units(plan, merge, next, workspaces[worker].get()); });
 }
 
 }  // namespace fusedmerge

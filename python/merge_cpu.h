@@ -14,7 +14,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <string>
 #include <vector>
 
 namespace fusedmerge {
@@ -62,11 +61,7 @@ void merge_unit_avx2(const Unit& unit, std::byte* workspace);
 void merge_unit_avx512(const Unit& unit, std::byte* workspace);
 void merge_unit_amx(const Unit& unit, std::byte* workspace);  // bfloat16 factors; others as avx512
 
-// Names of the variants that this machine runs, the best one last.
-const std::vector<std::string>& isas();
-
-// Runs a whole switch on at most `threads` threads, the caller's among them. `isa` is one of `isas()`. Throws std::bad_alloc before any
-// write.
-void merge_cpu(std::vector<Segment> segments, int threads, const std::string& isa);
+// Runs a whole switch on at most `threads` threads, the caller's among them. Throws std::bad_alloc before any write.
+void merge_cpu(std::vector<Segment> segments, int threads, MergeUnit merge);
 
 }  // namespace fusedmerge

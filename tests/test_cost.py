@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fusedmerge as fm
-from fusedmerge import cost, errors
+from fusedmerge import backend, cost, errors
 from fusedmerge.cost import Rates, TargetSize, Work
 from tests import kit
 
@@ -74,7 +74,7 @@ def test_crossover_divides_a_switch_by_a_token(subject):
     weights, bank = subject
     found = fm.crossover(weights, bank, 2, rates=RATES)
     sizes = cost.target_sizes(weights, bank)
-    assert found.switch == cost.switch_work(sizes, 2) and found.fused_extra == cost.fused_work(sizes, 2, 4, second_pass=True)
+    assert found.switch == cost.switch_work(sizes, 2) and found.fused_extra == cost.fused_work(sizes, 2, 4)
     assert found.switch_seconds == found.switch.nbytes / 1e9 and found.fused_extra_seconds_per_token == found.fused_extra.nbytes / 1e9
     assert found.tokens == pytest.approx(found.switch.nbytes / found.fused_extra.nbytes)
     assert found == fm.crossover(weights, bank, 2, rates=RATES) and found != fm.crossover(weights, bank, 1, rates=RATES)
@@ -82,6 +82,13 @@ def test_crossover_divides_a_switch_by_a_token(subject):
     slow = Rates(1e9, 1e12, 1e-3)  # two launches more for each token, one for a switch
     assert fm.crossover(weights, bank, 2, rates=slow).tokens < 1
     assert fm.crossover(weights, bank, 2, rates=slow, launches=0).tokens > fm.crossover(weights, bank, 2, rates=slow, launches=1).tokens > 1
+
+
+def test_without_the_extension_the_cpu_reads_weights_twice(subject, monkeypatch):
+    sizes = cost.target_sizes(subject[0], subject[1])
+    once = fm.crossover(*subject, 2, rates=RATES).fused_extra
+    monkeypatch.setattr(backend, "extension", lambda: None)
+    assert fm.crossover(*subject, 2, rates=RATES).fused_extra == cost.fused_work(sizes, 2, 4, second_pass=True) != once
 
 
 def test_crossover_reads_well(subject):

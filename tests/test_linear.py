@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fusedmerge.backend import linear
+from fusedmerge.backend.kernels import NativeLauncher
 from fusedmerge.backend.linear import Known, Norm, Router, Silu
 from fusedmerge.errors import InvalidValueError
 from tests import linear_kit as kit
@@ -17,10 +18,12 @@ from tests.conftest import ON_GPU, ON_HOST, use_gpu, use_host
 DTYPES = [torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(params=[*ON_HOST, *ON_GPU])
+@pytest.fixture(params=[*(pytest.param(NativeLauncher(isa), id=isa) for isa in kit.ISAS), *ON_HOST, *ON_GPU])
 def where(request, monkeypatch):
-    """A backend's name; results and workspace are poisoned."""
+    """A backend; results and workspace are poisoned."""
     kit.poison(monkeypatch)
+    if isinstance(request.param, NativeLauncher):
+        return request.param
     if request.param in ("sim", "ptx"):
         use_host(request.param, request, monkeypatch)
         return "sim"

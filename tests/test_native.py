@@ -21,7 +21,7 @@ MIN_EXPONENT = {torch.float32: -126, torch.bfloat16: -126, torch.float16: -14}
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 SHAPES = [(1, 1), (1, 4096), (67, 131), (257, 130), (193, 513)]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-ISAS = _ext.isas()
+ISAS = [isa for isa in _ext.isas() if isa != "avx512bf16"]  # whose merge is avx512's
 
 
 @dataclass
@@ -129,8 +129,8 @@ def flushed_denormals() -> Iterator[None]:
 
 
 def test_isa_is_the_best_of_isas() -> None:
-    assert ISAS[0] == "portable"
-    assert _ext.isa() == ISAS[-1]
+    assert _ext.isas()[0] == "portable"
+    assert _ext.isa() == _ext.isas()[-1]
 
 
 @pytest.mark.parametrize("isa", ISAS)

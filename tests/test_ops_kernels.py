@@ -159,11 +159,14 @@ def test_gradients_of_what_a_kernel_computed(calls, tokens):
         assert (got - wanted).abs().max() < 0.03 * wanted.abs().max()
 
 
-def test_without_the_variable_cpu_tensors_go_to_torch(calls, monkeypatch):
+def test_without_the_variable_cpu_tensors_go_to_the_extension_or_torch(calls, monkeypatch):
     monkeypatch.undo()
     monkeypatch.delenv("FUSEDMERGE_BACKEND", raising=False)
     library._backend.cache_clear()
     half = torch.zeros(1, dtype=torch.bfloat16)
+    assert library.implementation("lora_linear", 4, 2, half, half) == "native"
+    assert library.implementation("lora_linear", 4, 2, half.float(), half.float()) == "torch"
+    monkeypatch.setattr(backend, "extension", lambda: None)
     assert library.implementation("lora_linear", 4, 2, half, half) == "torch"
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import types
+from dataclasses import replace
 
 import pytest
 import torch
 
+from fusedmerge.backend.linear import Group
 from fusedmerge.moe import unmerged
 from perf import ablations, decoding
 from perf import test_decode as decode_suite
@@ -71,13 +73,17 @@ def test_a_row_of_the_table(bench, decode, row):
 
 
 def spoil_gates(monkeypatch, change):
-    """Change the gates of `lora_linear` in decoding, but not in the float64 truth."""
-    right = unmerged.lora_linear
+    """Change the gates of linears in decoding (those that know them beforehand), but not in the float64 truth."""
+    right, run = unmerged.lora_linear, Group.run
 
     def wrong(x, weight, a, b, ids, gates, *rest):
         return right(x, weight, a, b, ids, gates if x.dtype == torch.float64 else change(gates), *rest)
 
+    def wrong_run(group, where, x, known=None, *rest):
+        return run(group, where, x, known and replace(known, gates=change(known.gates)), *rest)
+
     monkeypatch.setattr(unmerged, "lora_linear", wrong)
+    monkeypatch.setattr(Group, "run", wrong_run)
 
 
 def test_a_wrong_logit_fails_a_row(bench, decode, monkeypatch):

@@ -26,6 +26,7 @@ __all__ = [
     "backends",
     "check_finite",
     "choose",
+    "extension",
     "make_adder",
     "make_engine",
 ]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import math
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
@@ -23,24 +22,27 @@ from fusedmerge.errors import BackendError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["AotLauncher", "JitLauncher", "Launcher", "SimLauncher", "aligned", "launcher"]
+__all__ = ["AotLauncher", "JitLauncher", "Launcher", "NativeLauncher", "SimLauncher", "aligned", "launcher"]
 
 _PROGRAMMATIC_VERSION = 90  # kProgrammaticVersion (launch_kernel.cu)
 
 
 def launcher(backend: str | Launcher, device: torch.device) -> Launcher:
-    """What launches kernels on `device` by a backend that `choose` named: "sim", "jit" or "aot"; a launcher is itself."""
+    """What launches kernels on `device`: "sim", "native" (the CPU's own), "jit" or "aot"; a launcher is itself."""
     if not isinstance(backend, str):
         return backend
-    if backend == "sim":
-        return SimLauncher()
+    if backend in ("sim", "native"):
+        return SimLauncher() if backend == "sim" else NativeLauncher()
     return _on_gpu(backend, _ordinal(device))
 
 
 def aligned(tensor: torch.Tensor) -> bool:
     """Whether every row begins at a multiple of 16 bytes."""
-    steps = (stride for stride, size in zip(tensor.stride()[:-1], tensor.shape, strict=False) if size > 1)
-    return math.gcd(16, tensor.data_ptr(), *(step * tensor.element_size() for step in steps)) == 16
+    bits, size = tensor.data_ptr(), tensor.element_size()
+    for step, count in zip(tensor.stride()[:-1], tensor.shape, strict=False):
+        if count > 1:
+            bits |= step * size
+    return bits % 16 == 0
 
 
 def _ordinal(device: torch.device) -> int:
@@ -79,6 +81,21 @@ class SimLauncher(Launcher):
         argument = ctypes.byref(params), ctypes.sizeof(params)
         if lib.fm_sim_kernel(kernel.name.encode(), *argument, grid, shared_bytes, ctypes.byref(self._options)):
             raise BackendError(kernel.name, "simulator", "a launch without faults", lib.fm_sim_error().decode())
+
+
+class NativeLauncher(Launcher):
+    """The CPU kernels of the extension (python/linear_cpu.h), which take the CUDA kernels' arguments: those of linear.py alone."""
+
+    num_multiprocessors = 1
+    shared_bytes_limit = SHARED_BYTES
+
+    def __init__(self, isa: str = "") -> None:
+        self._isa = isa  # "": the best
+
+    def launch(self, kernel: Kernel, params: ctypes.Structure, grid: int, shared_bytes: int, programmatic: bool = False) -> None:
+        import torch
+
+        load_extension().linear_cpu(kernel.name, grid, ctypes.addressof(params), torch.get_num_threads(), self._isa)
 
 
 class AotLauncher(Launcher):

@@ -99,8 +99,6 @@ def _decode(found: dict[str, Any]) -> str:
         f"rank {found['rank']}, top {found['top_k']}, for every method;\n error: of a token's logits, relative, against float64 over the "
         f"same routes; {counted}: of one decoded token)"
     )
-    if found["device"] == "cpu":
-        note += "\n(fused is made for its CUDA kernels; on the CPU torch's operations stand for them, one call for each linear)"
     return "\n\n".join(tables) + "\n" + note
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fusedmerge.cost import TargetSize, fused_work, measure_rates, switch_work
+from fusedmerge.cost import TargetSize, fused_work, measure_rates, reads_twice, switch_work
 from fusedmerge.errors import FusedMergeError
 from fusedmerge.moe.decoder import Decoder
 from fusedmerge.moe.fused_kernels import added_launches
@@ -49,7 +49,7 @@ def choose(model: torch.nn.Module | Decoder, tokens: Tensor, new_tokens: int) ->
         return "fused"
     rates = measure_rates(tokens.device)
     launches = added_launches(model, len(tokens)) if isinstance(model, Decoder) else None
-    beside = fused_work([*sizes.values()], k, k, launches=launches, second_pass=tokens.device.type == "cpu").seconds(rates)
+    beside = fused_work([*sizes.values()], k, k, launches=launches, second_pass=reads_twice(tokens.device)).seconds(rates)
     return "merged" if life * beside > switch_work([*sizes.values()], k).seconds(rates) else "fused"
 
 

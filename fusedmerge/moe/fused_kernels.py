@@ -10,7 +10,7 @@ nothing but their weights and are a part of the prologue; a router that is asked
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,8 @@ import torch
 from torch.nn import functional as F
 
 from fusedmerge.backend import linear
-from fusedmerge.backend.linear import Known, Norm, Silu, Target
+from fusedmerge.backend.kernels import launcher
+from fusedmerge.backend.linear import KNOWN, Group, Known, Norm, Silu, Target
 from fusedmerge.backend.linear_params import MAX_TOKENS
 from fusedmerge.backend.params import MAX_SLOTS
 from fusedmerge.moe.decoder_files import bias_name
@@ -41,7 +42,7 @@ _SPARE_BYTES = 2**23  # of A that a fused router may read for nothing: about a l
 
 
 def kernels_for(decoder: Decoder) -> str | None:
-    """The backend ("sim", "jit" or "aot") whose kernels run all of the decoder's linears with their experts; None: torch does.
+    """The backend ("native", "sim", "jit" or "aot") whose kernels run all of the decoder's linears with their experts; None: torch does.
 
     Raises BackendError for a backend that FUSEDMERGE_BACKEND names and that cannot be used here.
     """
@@ -52,6 +53,8 @@ def kernels_for(decoder: Decoder) -> str | None:
     factors = [factor for expert in experts.linears.values() for factor in (expert.a, expert.b)]
     if any(tensor.stride(-1) != 1 for tensor in (*matrices, *factors) if tensor.numel()):
         return None
+    if any(type(tensor) not in (torch.Tensor, torch.nn.Parameter) for tensor in (*matrices, *factors)):
+        return None  # of a subclass (fake, quantised, distributed) a kernel cannot ask the address
     most = max((len(expert.a) for expert in experts.linears.values()), default=0)
     slots = max((_num_slots(experts, expert.router, len(expert.a)) for expert in experts.linears.values()), default=0)
     name = implementation("Decoder", most, slots, decoder.head_weight)
@@ -85,6 +88,7 @@ class _Group:
     router: str | None  # of the first linear that has experts
     names: list[str]
     fused: dict[str | None, linear.Router] = field(default_factory=dict)  # by name; empty: asked before, or known
+    prepared: Group | None = None
 
     def takes(self, other: linear.Router) -> bool:
         """Whether one more router may share the launches."""
@@ -131,9 +135,9 @@ def _num_slots(experts: ExpertSet, name: str | None, num_experts: int) -> int:
 def _choice(router: Routes) -> tuple[Tensor, int, bool] | None:
     """(weight [N, in], k, normalize) of a router that is `route_topk` and nothing more; None for others."""
     if isinstance(router, Router):
-        if router.in_features is None or router.top_k is None or router.gating == "topk_of_softmax_renormalized":
+        if router.in_features is None or router.top_k is None or (router.top_k == 1 and router.gating == "topk_of_softmax_renormalized"):
             return None
-        return router.weight.detach(), router.top_k, router.gating == "softmax_of_topk"
+        return router.weight.detach(), router.top_k, router.normalize
     if isinstance(router, partial) and router.func is route_topk and not router.args and {"router_weight", "k"} <= router.keywords.keys():
         return router.keywords["router_weight"].detach(), router.keywords["k"], router.keywords.get("normalize", True)
     return None
@@ -162,8 +166,9 @@ class FusedKernels(Fused):
 
     def __init__(self, decoder: Decoder, backend: str) -> None:
         super().__init__(decoder)
-        self.backend = backend
+        self._launcher = launcher(backend, decoder.device)
         self._targets = {name: self._target(name) for names in decoder.names for name in names.values()}
+        self._prepared: dict[tuple[tuple[str, ...], tuple[bool, ...]], list[_Group]] = {}
         self._grouped = False
 
     def _target(self, name: str) -> Target:
@@ -194,28 +199,36 @@ class FusedKernels(Fused):
         return self._group(gated, (down,), Silu(_rows(value)), x)[0]
 
     def _group(self, x: Tensor, names: Sequence[str], source: Norm | Silu | None = None, stream: Tensor | None = None) -> list[Tensor]:
-        """The linears `names` of what `source` makes of x [B, T, in], plus `stream`: a pair of launches for each router among them."""
+        """The linears `names` of what `source` makes of x [B, T, in], plus `stream`: a pair of launches for each group among them."""
         batch, rows = x.shape[:-1], _rows(x)
         ys: dict[str, Tensor] = {}
         residual = None if stream is None else _rows(stream)
-        for group in _groups(self.experts, names, self.chosen):
-            routers = [self.experts.linears[name].router if name in self.experts.linears else None for name in group.names]
-            routing: Known | list[linear.Router | None] | None = None
-            if group.fused:
-                routing = [group.fused.get(router) for router in routers]
-            elif any(name in self.experts.linears for name in group.names):
+        for group in self._groups(tuple(names)):
+            known = None
+            if not group.fused and any(name in self.experts.linears for name in group.names):
                 if self._reads(group.router):
                     rows, source = self._made(rows, source), None
                 ids, gates = self.route(group.router, rows.unflatten(0, batch))
-                routing = Known(_rows(ids).to(torch.int32), _rows(gates).float())
-            targets = [replace(self._targets[name], residual=residual) for name in group.names]
-            applied = linear.decode_group(self.backend, rows, targets, routing, source)
-            for router, taken in zip(routers, applied.routings, strict=True):
-                if router in group.fused and taken is not None:
-                    self.chosen[router] = taken.ids.unflatten(0, batch), taken.gates.unflatten(0, batch)
+                known = Known(_rows(ids).to(torch.int32), _rows(gates).float())
+            assert group.prepared is not None
+            applied = group.prepared.run(self._launcher, rows, known, source, [residual] * len(group.names))
+            for name, taken in zip(group.names, applied.routings, strict=True):
+                if group.fused and taken is not None:
+                    self.chosen[self.experts.linears[name].router] = taken.ids.unflatten(0, batch), taken.gates.unflatten(0, batch)
             rows, source = applied.x, None
             ys |= {name: y.unflatten(0, batch) for name, y in zip(group.names, applied.ys, strict=True)}
         return [ys[name] for name in names]
+
+    def _groups(self, names: tuple[str, ...]) -> list[_Group]:
+        """What the linears `names` run in, described once for each set of routers that have chosen before."""
+        key = names, tuple(name in self.experts.linears and self.experts.linears[name].router in self.chosen for name in names)
+        if key not in self._prepared:
+            self._prepared[key] = _groups(self.experts, names, self.chosen)
+            for group in self._prepared[key]:
+                adapted = [self.experts.linears.get(name) for name in group.names]
+                routing = [None if each is None else group.fused.get(each.router, KNOWN) for each in adapted]
+                group.prepared = Group([self._targets[name] for name in group.names], routing)
+        return self._prepared[key]
 
     def _reads(self, router: str | None) -> bool:
         """Whether a router has yet to be asked, with x."""

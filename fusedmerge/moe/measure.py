@@ -5,21 +5,32 @@ Dynamic adapters are slow for the number of their launches, not for their work (
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from fusedmerge.backend.kernels import NativeLauncher
 from fusedmerge.switcher import Switcher
 
 __all__ = ["count_launches", "peak_memory"]
 
 _NAMESPACES = ("aten", "fusedmerge")
-_NOT_LAUNCHED = ("empty", "empty_like", "empty_strided", "_unsafe_view", "item", "_local_scalar_dense", "result_type", "is_nonzero")
+_NOT_LAUNCHED = (
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "_unsafe_view",
+    "item",
+    "_local_scalar_dense",
+    "result_type",
+    "is_nonzero",
+)
 
 
 def count_launches(call: Callable[[], object], device: torch.device) -> int:
@@ -70,7 +81,7 @@ def _computing(event: Any) -> int:
     return sum(map(_computing, event.cpu_children))
 
 
-@cache
+@functools.cache
 def _is_view(namespace: str, name: str) -> bool:
     """Whether an operation's result is its input's memory (unless it copies inside)."""
     packet = getattr(getattr(torch.ops, namespace), name, None)
@@ -85,15 +96,20 @@ def _is_view(namespace: str, name: str) -> bool:
 
 @contextmanager
 def _marked() -> Iterator[None]:
-    """On the CPU a switch runs outside torch's sight: it is shown to the profiler as one operation."""
-    original = Switcher.switch
+    """On the CPU a switch and the kernels of fused application run outside torch's sight: each is shown to it as one operation."""
 
-    def switch(self: Switcher, adapters: Any, gates: Any = None) -> None:
-        with record_function("fusedmerge::switch"):
-            original(self, adapters, gates)
+    def shown(kind: type, name: str) -> None:
+        original = getattr(kind, name)
 
-    Switcher.switch = switch  # type: ignore[method-assign]
-    try:
+        @functools.wraps(original)
+        def call(*args: Any, **options: Any) -> None:
+            with record_function(f"fusedmerge::{name}"):
+                original(*args, **options)
+
+        setattr(kind, name, call)
+        undo.callback(setattr, kind, name, original)
+
+    with ExitStack() as undo:
+        shown(Switcher, "switch")
+        shown(NativeLauncher, "launch")
         yield
-    finally:
-        Switcher.switch = original  # type: ignore[method-assign]

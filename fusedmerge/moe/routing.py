@@ -116,10 +116,15 @@ class Router(nn.Module):
         with wide_precision(x.device):
             if self.top_k is None:
                 return self.every.expand(*x.shape[:-1], self.num_experts), torch.softmax(self.logits(x), dim=-1)
-            ids, gates = route_topk(x, self.weight, self.top_k, normalize=self.gating == "softmax_of_topk")
-            if self.gating == "topk_of_softmax_renormalized":
-                gates = gates / gates.sum(dim=-1, keepdim=True)
+            ids, gates = route_topk(x, self.weight, self.top_k, normalize=self.normalize)
+            if self.gating == "topk_of_softmax_renormalized" and self.top_k == 1:
+                gates = gates / gates  # 1, without a gradient
             return ids, gates
+
+    @property
+    def normalize(self) -> bool:
+        """`route_topk`'s: the k largest of a softmax over all, divided by their sum, are the softmax over them."""
+        return self.gating != "topk_of_softmax"
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] -> [..., N], float32 (float64 for float64 x)."""

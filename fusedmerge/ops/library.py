@@ -59,7 +59,8 @@ def _kernel(name: str) -> Callable[[Kernel], Kernel]:
 
 
 def implementation(operation: str, num_adapters: int, k: int, *tensors: torch.Tensor) -> str:
-    """What runs an operation on these tensors: "sim", "jit" or "aot" (the CUDA kernels: one 16-bit dtype, limited N and k), or "torch".
+    """What runs an operation on these tensors: "sim", "jit" or "aot" (the CUDA kernels: one 16-bit dtype, limited N and k), "native" (their
+    twins on the CPU, for up to 16 tokens of a linear), or "torch".
 
     Raises BackendError for a backend that FUSEDMERGE_BACKEND names and that cannot be used here.
     """
@@ -69,7 +70,9 @@ def implementation(operation: str, num_adapters: int, k: int, *tensors: torch.Te
     if x.device.type not in ("cpu", "cuda") or k > MAX_SLOTS or num_adapters > MAX_ADAPTERS:
         return "torch"
     name = _backend(operation, x.device.type, os.environ.get("FUSEDMERGE_BACKEND", ""), os.environ.get("FUSEDMERGE_SIM_LIB", ""))
-    return "torch" if name == "cpu" else name
+    if name != "cpu":
+        return name
+    return "native" if x.device.type == "cpu" and backend.extension() else "torch"
 
 
 @functools.cache
@@ -99,6 +102,8 @@ def _lora_linear(*given: Any) -> torch.Tensor:
     if x.device.type == "cpu":
         check_values(operands.ids, operands.gates, len(a))
     name = implementation("lora_linear", len(a), ids.shape[1], x, weight, a)
+    if name == "native" and len(x) > DECODE_TOKENS:
+        name = "torch"
     if 0 in (*flat.x.shape, *a.shape, *b.shape, ids.shape[1]):
         y = linear(x, weight, bias)
     elif name != "torch":

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 import fusedmerge as fm
+from fusedmerge import backend
 from fusedmerge.backend.kernels import SimLauncher
 from fusedmerge.cost import Rates, Work
 from fusedmerge.moe import auto, fused_kernels
@@ -59,6 +60,11 @@ def launched(on_simulator, monkeypatch):
 
     monkeypatch.setattr(SimLauncher, "launch", noted)
     return names
+
+
+def in_torch(monkeypatch):
+    monkeypatch.setenv("FUSEDMERGE_BACKEND", "cpu")
+    monkeypatch.setattr(backend, "extension", lambda: None)
 
 
 def random_tokens(*shape):
@@ -212,7 +218,7 @@ def test_launches_are_told_for_groups_only(decoder, on_simulator, monkeypatch):
     assert added_launches(decoder) is None  # no experts
     decoder.experts = make_experts(decoder, "lora")
     assert (added_launches(decoder, 16), added_launches(decoder, 17)) == (2, None)
-    monkeypatch.setenv("FUSEDMERGE_BACKEND", "cpu")
+    in_torch(monkeypatch)
     assert added_launches(decoder) is None
     monkeypatch.setenv("FUSEDMERGE_BACKEND", "sim")
     decoder.experts = make_experts(decoder, "mixlora")
@@ -227,7 +233,7 @@ def test_auto_counts_the_launches_of_groups(decoder, on_simulator, monkeypatch):
     for batch, least in ((1, 16), (16, 16), (17, 3)):  # 16 * 2 > 31 > 15 * 2, 3 * 14 > 31 > 2 * 14
         tokens = random_tokens(batch, 2)
         assert (auto.choose(decoder, tokens, least), auto.choose(decoder, tokens, least - 1)) == ("merged", "fused")
-    monkeypatch.setenv("FUSEDMERGE_BACKEND", "cpu")
+    in_torch(monkeypatch)
     assert (auto.choose(decoder, random_tokens(1, 2), 3), auto.choose(decoder, random_tokens(1, 2), 2)) == ("merged", "fused")
 
 
@@ -343,7 +349,7 @@ def test_what_the_kernels_do_not_take(decoder, on_simulator, monkeypatch):
     held, decoder.weights[name] = decoder.weights[name], decoder.weights[name].T.contiguous().T
     assert type(make(decoder, "fused")) is Fused
     decoder.weights[name] = held
-    monkeypatch.setenv("FUSEDMERGE_BACKEND", "cpu")
+    in_torch(monkeypatch)
     assert type(make(decoder, "fused")) is Fused
     with pytest.raises(fm.FusedMergeError, match="FUSEDMERGE_BACKEND"):
         monkeypatch.setenv("FUSEDMERGE_BACKEND", "none")

@@ -266,13 +266,13 @@ def test_on_the_kernels_of_the_simulator(tmp_path, sim_library, monkeypatch, met
     monkeypatch.setenv("FUSEDMERGE_SIM_LIB", sim_library)
     monkeypatch.setenv("FUSEDMERGE_BACKEND", "sim")
     calls = Counter()
-    for module, name in ((linear, "decode_group"), (library, "group_tokens"), (library, "add_adapters")):
+    for module, name in ((linear.Group, "run"), (library, "group_tokens"), (library, "add_adapters")):
         kernel = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, name=name, kernel=kernel: (calls.update([name]), kernel(*args))[1])
     logits = forced(decoder, strategy, tokens, 17)
     assert calls["add_adapters"] == 7  # linears
     groups = {"lora_switch": 4, "mola": 7, "mixlora": 2 + 3}[method]
-    assert calls["decode_group"] == (0 if strategy == "merged" else 3 * groups)
+    assert calls["run"] == (0 if strategy == "merged" else 3 * groups)
     assert calls["group_tokens"] == {"lora_switch": 1, "mola": 7, "mixlora": 2}[method]  # mixlora: attention, and the MLP
     exact = truth_logits(decoder, recorder.played_back(recorder.experts), tokens)[:, 16:]
     error = relative(logits, exact)

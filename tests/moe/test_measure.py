@@ -64,3 +64,18 @@ def test_merged_adds_one_launch_and_the_routers(tmp_path, packed):
     unfused = step("lora_switch", "unfused")[0]
     assert unfused >= backbone + router + 4 * linears  # two gathers, two products
     assert step("mola", "unfused")[0] >= unfused + router * (linears - 1)  # a router for each
+
+
+@pytest.mark.parametrize(("packed", "apart"), [(False, 2 + 7 + 2 + 2), (True, 2 + 4 + 2 + 2)])
+def test_fused_counts_each_kernel_of_a_group(tmp_path, packed, apart):
+    """Eight in place of a layer's norms, linears, SiLU and its product, and residual sums."""
+    write_model(tmp_path, dtype=torch.bfloat16)
+    decoder = Decoder.from_pretrained(tmp_path, packed=packed)
+    decoder.experts = make_experts(decoder)
+
+    def step(strategy):
+        with DecoderSession(decoder, strategy, 1, 9) as session:
+            session.prefill(torch.zeros(1, 5, dtype=torch.int64))
+            return count_launches(lambda: session.step(torch.ones(1, dtype=torch.int64)), CPU)
+
+    assert step("fused") == step("backbone") + len(decoder.names) * (8 - apart)

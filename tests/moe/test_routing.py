@@ -53,7 +53,7 @@ def test_a_router_routes_in_float32_and_says_a_wrong_width():
     x = torch.randn(5, 8)
     ids, gates = layer(x.bfloat16())
     same_ids, same_gates = layer(x.bfloat16().float())
-    assert torch.equal(ids, same_ids) and torch.equal(gates, same_gates)
+    assert torch.equal(ids, same_ids) and (gates - same_gates).abs().max() < 1e-6  # another order of addition
     with pytest.raises(ShapeError, match=r"Router: x: expected \[..., 8\], got \[5, 7\]"):
         layer(x[:, :7])
 
