@@ -1,5 +1,7 @@
 #include "threads.h"
 
+#include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <system_error>
@@ -11,6 +13,22 @@
 
 namespace fusedmerge {
 namespace {
+
+// Sleeping and waking take tens of microseconds, as long as many a call: who waits looks on for a while first.
+template <class F>
+bool spin_until(const F& holds) {
+    using Clock = std::chrono::steady_clock;
+    const auto end = Clock::now() + std::chrono::microseconds(100);
+    do {
+        for (int i = 0; i < 64; ++i) {
+            if (holds()) return true;
+#if defined(__x86_64__)
+            __builtin_ia32_pause();
+#endif
+        }
+    } while (Clock::now() < end);
+    return false;
+}
 
 class Pool {
   public:
@@ -27,9 +45,14 @@ class Pool {
         }
         wake_.notify_all();
         work(0);
+        const auto is_done = [this] { return running_ == 0; };
         std::unique_lock<std::mutex> lock(mutex_);
         work_ = nullptr;  // who has not begun finds nothing to do
-        done_.wait(lock, [this] { return running_ == 0; });
+        if (is_done()) return true;
+        lock.unlock();
+        spin_until(is_done);
+        lock.lock();
+        done_.wait(lock, is_done);
         return true;
     }
 
@@ -43,9 +66,13 @@ class Pool {
 
     void serve(int worker) {
         unsigned seen = 0;
+        const auto is_called = [&] { return call_ != seen; };
         std::unique_lock<std::mutex> lock(mutex_);
         while (true) {
-            wake_.wait(lock, [&] { return call_ != seen; });
+            lock.unlock();
+            spin_until(is_called);
+            lock.lock();
+            wake_.wait(lock, is_called);
             seen = call_;
             if (work_ == nullptr || worker > wanted_) continue;
             const std::function<void(int)>& work = *work_;
@@ -58,12 +85,12 @@ class Pool {
     }
 
     std::mutex busy_;
-    std::mutex mutex_;  // of all that follows but started_, which busy_ guards
+    std::mutex mutex_;  // of what follows but started_, which busy_ guards; the atomic ones are read without it, too
     std::condition_variable wake_, done_;
     const std::function<void(int)>* work_ = nullptr;
     int wanted_ = 0;
-    unsigned call_ = 0;
-    int running_ = 0;
+    std::atomic<unsigned> call_{0};
+    std::atomic<int> running_{0};
     int started_ = 0;
 };
 
