@@ -5,10 +5,12 @@
 #   make bench      the benchmarks in perf/
 #   make cpp        the C++ library: build, test, install, and a program that uses it; without nvcc, what can be built without it
 #   make gpu        what needs a GPU, part by part: PART=tests|sanitize|micro|switch|decode|sgmv|accuracy (perf/gpu.py tells more);
-#                   BUDGET= seconds for each, ONLY= some of its steps, RESULTS= and LOG= where its figures and output go
+#                   BUDGET= seconds for each, ONLY= some of its steps, RESULTS= and LOG= where its figures and output go;
+#                   FUSEDMERGE_COMMIT= the commit that figures name where there is no repository
 # PYTHON=      the interpreter to start from
 # VENV=        the environment to install into; none: the current one as it is (no pins, nothing downloaded)
 # TORCH_INDEX= the package index to take torch from
+# CMAKE_FLAGS= more options for `make cpp`
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
