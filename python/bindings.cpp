@@ -115,7 +115,7 @@ void linear(const std::string& name, int grid, int64_t params, int threads, cons
     if (name.rfind("route", 0) == 0) {
         kernels.route(*pointer<const RouteParams>(params), dtype, grid, threads);
     } else {
-        const auto run = name.rfind("gemv", 0) == 0 ? kernels.gemv : kernels.prologue;
+        const auto run = name.rfind("gemv", 0) == 0 ? kernels.gemv : name.rfind("add", 0) == 0 ? kernels.add : kernels.prologue;
         run(*pointer<const LinearParams>(params), dtype, threads);
     }
 }
@@ -195,7 +195,8 @@ Raises ValueError for a table that cannot be right, MemoryError if a workspace d
     m.def("linear_cpu", &fusedmerge::linear, "name"_a, "grid"_a, "params"_a, "threads"_a, "isa"_a = "",
           R"(Run a kernel of fused application (python/linear_cpu.h) on the CPU, without the GIL, from the arguments of its CUDA twin.
 
-name     of a kernel of cuda/src/kernels.h: prologue_<dtype>_<tokens>, gemv_<dtype>_<tokens>, or route_<dtype>
+name     of a kernel of cuda/src/kernels.h: prologue_<dtype>_<tokens>, gemv_<dtype>_<tokens>, or route_<dtype>; or add_<dtype>, which
+         adds the first target's B z to y for any number of tokens
 grid     of route: the number of tokens
 params   the address of its LinearParams or RouteParams, which point to memory of the CPU
 

@@ -21,6 +21,7 @@ namespace fusedmerge {
 struct LinearKernels {
     void (*prologue)(const LinearParams& params, Dtype dtype, int threads);
     void (*gemv)(const LinearParams& params, Dtype dtype, int threads);
+    void (*add)(const LinearParams& params, Dtype dtype, int threads);  // any T; the first target's y += B z; no W, no routers
     void (*route)(const RouteParams& params, Dtype dtype, int tokens, int threads);
 };
 

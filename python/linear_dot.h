@@ -86,6 +86,40 @@ inline float sum_of(VFloat x) {
     return lanes[0];
 }
 
+// out[i] = sum_of(sums[i]), by the same tree.
+inline void sums_of(float* out, const VFloat* sums, int64_t count) {
+    int64_t i = 0;
+#if defined(__AVX512F__)
+    // Sixteen at once: a level of the tree puts two vectors of n groups of 2 width lanes into one of 2 n groups of `width`.
+    struct Level {
+        int low[kLanes], high[kLanes];
+        constexpr explicit Level(int width) : low(), high() {
+            for (int lane = 0; lane < kLanes; ++lane) {
+                low[lane] = lane / width * 2 * width + lane % width;
+                high[lane] = low[lane] + width;
+            }
+        }
+    };
+    static constexpr Level kLevels[] = {Level(8), Level(4), Level(2), Level(1)};
+    for (; i + kLanes <= count; i += kLanes) {
+        VFloat parts[kLanes];
+        std::copy_n(sums + i, kLanes, parts);
+        int num_parts = kLanes;
+        for (const Level& level : kLevels) {
+            const __m512i low = load<__m512i>(level.low), high = load<__m512i>(level.high);
+            num_parts /= 2;
+            for (int p = 0; p < num_parts; ++p) {
+                const __m512 first = bit_cast<__m512>(parts[2 * p]), second = bit_cast<__m512>(parts[2 * p + 1]);
+                parts[p] = bit_cast<VFloat>(_mm512_permutex2var_ps(first, low, second)) +
+                           bit_cast<VFloat>(_mm512_permutex2var_ps(first, high, second));
+            }
+        }
+        store(out + i, parts[0]);
+    }
+#endif
+    for (; i < count; ++i) out[i] = sum_of(sums[i]);
+}
+
 inline VFloat at(const float* x, int64_t i) { return load<VFloat>(x + i); }
 
 // Calls f(i) for the first column of each vector of a padded row.

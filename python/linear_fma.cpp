@@ -1,9 +1,9 @@
 // Prologue, GEMV and router on the CPU; compiled once per instruction set, with FUSEDMERGE_LINEAR naming the entry points.
 #include <atomic>
-#include <limits>
 #include <type_traits>
 #include <vector>
 
+#include "linear_choose.h"
 #include "linear_cpu.h"
 #include "linear_dot.h"
 #include "threads.h"
@@ -20,62 +20,24 @@ constexpr int kMostTokens = 4;  // beside two rows; 32 registers
 constexpr int kMostTokens = 2;
 #endif
 
-// Calls f(i) for every i < count, on up to `threads` threads; `bytes` are read in all.
+// Calls f(i, worker) for every i < count, on up to `threads` threads; `bytes` are read in all.
 template <class F>
 void for_each(int64_t count, int64_t bytes, int threads, const F& f) {
     const int64_t useful = std::min<int64_t>(count, 1 + bytes / kThreadBytes);
     std::atomic<int64_t> next{0};
-    run_on_threads(static_cast<int>(std::min<int64_t>(threads, useful)), [&](int) {
+    run_on_threads(static_cast<int>(std::min<int64_t>(threads, useful)), [&](int worker) {
         const DefaultFloatEnvironment environment;
-        for (int64_t i = next++; i < count; i = next++) f(i);
+        for (int64_t i = next++; i < count; i = next++) f(i, worker);
     });
 }
 
-// ---------------------------------------------------------------------- routing
-
-// The k largest of logits [N], descending, ties to the lower index; softmax over them, or over all (as route.cuh's `choose`).
-void choose(int* ids, float* gates, const float* logits, int num_adapters, int num_slots, bool normalize) {
-    const float infinity = std::numeric_limits<float>::infinity();
-    float last_logit = infinity, top = 0, sum = 0;
-    int last = -1;
-    for (int j = 0; j < num_slots; ++j) {
-        int best = num_adapters;
-        float best_logit = -infinity;
-        for (int i = 0; i < num_adapters; ++i) {  // NaN compares with nothing
-            const bool is_after = logits[i] < last_logit || (logits[i] == last_logit && i > last);
-            if (is_after && (logits[i] > best_logit || (logits[i] == best_logit && i < best))) {
-                best = i;
-                best_logit = logits[i];
-            }
-        }
-        if (j == 0) top = best_logit;
-        last = best;
-        last_logit = best_logit;
-        ids[j] = best < num_adapters ? best : -1;
-        gates[j] = best < num_adapters ? std::exp(best_logit - top) : 0.0f;
-        sum += gates[j];
-    }
-    if (!normalize || num_slots == 1) {
-        sum = 0;
-        for (int i = 0; i < num_adapters; ++i) sum += std::exp(logits[i] - top);
-    }
-    for (int j = 0; j < num_slots; ++j) gates[j] = ids[j] < 0 ? 0.0f : gates[j] / sum;
-}
-
-using Wide = Format<Dtype::kFloat32>;
-
-// Router row n times a token's x.
-template <class Fmt>
-float logit(const void* router, int64_t stride, int n, int flags, const float* x, int64_t cols) {
-    if ((flags & kRouterWide) != 0) return dot<Wide>(static_cast<const Wide::Bits*>(router) + n * stride, x, cols);
-    return dot<Fmt>(static_cast<const typename Fmt::Bits*>(router) + n * stride, x, cols);
-}
+// ---------------------------------------------------------------------- router
 
 template <class Fmt>
 void route(const RouteParams& params, int tokens, int threads) {
     const int64_t pitch = pad(params.cols), num_floats = pitch + params.num_adapters;
     const Floats memory(tokens * num_floats);
-    for_each(tokens, 2LL * tokens * params.num_adapters * params.cols, threads, [&](int64_t t) {
+    for_each(tokens, 2LL * tokens * params.num_adapters * params.cols, threads, [&](int64_t t, int) {
         float* x = memory.get() + t * num_floats;
         float* logits = x + pitch;
         const bool is_real = params.mask == nullptr || params.mask[t] != 0;
@@ -128,6 +90,25 @@ float* z_of(const LinearParams& params, const LinearTarget& target, int token, i
     return target.z + (static_cast<int64_t>(token) * params.num_slots + j) * target.z_pitch;
 }
 
+// Calls f(rows, first) for tiles of kTileOfRows rows, then for the rows that are left.
+template <class F>
+inline void for_rows(int64_t count, const F& f) {
+    int64_t i = 0;
+    for (; i + kTileOfRows <= count; i += kTileOfRows) f(std::integral_constant<int, kTileOfRows>{}, i);
+    for (; i < count; ++i) f(std::integral_constant<int, 1>{}, i);
+}
+
+// z[i] = row i of A times x, i < count.
+template <class Fmt>
+void shrink(float* z, const typename Fmt::Bits* a, int64_t stride, const float* x, int64_t cols, int64_t count) {
+    for (int64_t first = 0; first < count; first += kUnitRows) {
+        VFloat sums[kUnitRows] = {};
+        const int64_t rows_left = std::min<int64_t>(kUnitRows, count - first);
+        for_rows(rows_left, [&](auto rows, int64_t i) { add_rows<Fmt, rows>(sums + i, a + (first + i) * stride, stride, x, cols); });
+        sums_of(z + first, sums, rows_left);
+    }
+}
+
 template <class Fmt>
 void prologue(const LinearParams& params, int threads) {
     using Bits = typename Fmt::Bits;
@@ -142,7 +123,7 @@ void prologue(const LinearParams& params, int threads) {
     }
     if (params.logits != nullptr) {
         const int64_t num_rows = static_cast<int64_t>(params.num_routings) * params.num_adapters;
-        for_each(num_rows, num_rows * cols * 2, threads, [&](int64_t row) {
+        for_each(num_rows, num_rows * cols * 2, threads, [&](int64_t row, int) {
             const int64_t r = row / params.num_adapters, n = row % params.num_adapters;
             for (int t = 0; t < params.tokens; ++t) {
                 params.logits[(r * params.tokens + t) * params.num_adapters + n] =
@@ -161,21 +142,17 @@ void prologue(const LinearParams& params, int threads) {
         bytes += params.targets[i].rank * cols * 2 * params.tokens * params.num_slots;
     }
     const int64_t num_tiles = (most_ranks + kUnitRows - 1) / kUnitRows, num_choices = num_tiles * params.tokens * params.num_slots;
-    for_each(params.num_targets * num_choices, bytes, threads, [&](int64_t unit) {
+    for_each(params.num_targets * num_choices, bytes, threads, [&](int64_t unit, int) {
         const LinearTarget& target = params.targets[unit / num_choices];
         const int place = static_cast<int>(unit % num_choices / num_tiles), token = place / params.num_slots, j = place % params.num_slots;
         const Slot slot = slot_of(params, target, token, j);
         if (slot.gate == 0) return;
         const Bits* a = static_cast<const Bits*>(target.a) + slot.id * target.a_adapter_stride;
         float* z = z_of(params, target, token, j);
-        int64_t row = unit % num_tiles * kUnitRows;
-        const int64_t end = std::min<int64_t>(target.rank, row + kUnitRows);
-        for (; row + kTileOfRows <= end; row += kTileOfRows) {
-            VFloat sums[kTileOfRows] = {};
-            add_rows<Fmt, kTileOfRows>(sums, a + row * target.a_row_stride, target.a_row_stride, x + token * pitch, cols);
-            for (int i = 0; i < kTileOfRows; ++i) z[row + i] = sum_of(sums[i]);
-        }
-        for (; row < end; ++row) z[row] = dot<Fmt>(a + row * target.a_row_stride, x + token * pitch, cols);
+        const int64_t row = unit % num_tiles * kUnitRows;
+        const int64_t stride = target.a_row_stride;
+        if (row < target.rank)
+            shrink<Fmt>(z + row, a + row * stride, stride, x + token * pitch, cols, std::min<int64_t>(kUnitRows, target.rank - row));
     });
 }
 
@@ -187,6 +164,18 @@ struct Taken {
     const Bits* b;
     const float* z;  // [pad(r)]
 };
+
+// sums[i] += row first + i of B z, of all adapters that a token takes.
+template <class Fmt>
+inline void add_taken(VFloat* sums, const LinearTarget& target, const Taken<typename Fmt::Bits>* taken, size_t num_taken, int64_t first,
+                      int64_t count) {
+    const int64_t stride = target.b_row_stride;
+    for (size_t j = 0; j < num_taken; ++j) {
+        for_rows(count, [&](auto rows, int64_t i) {
+            add_rows<Fmt, rows>(sums + i, taken[j].b + (first + i) * stride, stride, taken[j].z, target.rank);
+        });
+    }
+}
 
 template <class Fmt>
 class Gemv {
@@ -232,14 +221,10 @@ class Gemv {
                      [&](auto rows, int64_t i) { add_tokens<rows>(sums[i], w + i * target.weight_stride, target.weight_stride, col); });
         }
         for (int t = 0; t < params_.tokens; ++t) {
-            for_rows(count, [&](auto rows, int64_t i) {
-                VFloat own[rows];
-                for (int r = 0; r < rows; ++r) own[r] = sums[i + r][t];
-                for (const Taken<Bits>& taken : taken_[target_idx][t]) {
-                    add_rows<Fmt, rows>(own, taken.b + (first + i) * target.b_row_stride, target.b_row_stride, taken.z, target.rank);
-                }
-                for (int r = 0; r < rows; ++r) out[i + r] = sum_of(own[r]);
-            });
+            VFloat own[kUnitRows];
+            for (int64_t i = 0; i < count; ++i) own[i] = sums[i][t];
+            add_taken<Fmt>(own, target, taken_[target_idx][t].data(), taken_[target_idx][t].size(), first, count);
+            sums_of(out, own, count);
             if (target.bias != nullptr) add_row(out, more, static_cast<const Bits*>(target.bias) + first, count);
             if (target.residual != nullptr) {
                 add_row(out, more, static_cast<const Bits*>(target.residual) + t * target.residual_stride + first, count);
@@ -256,14 +241,6 @@ class Gemv {
         int64_t count = 0;
         for (int i = 0; i < params.num_targets; ++i) count += pad(params.targets[i].rank);
         return count * params.tokens * params.num_slots;
-    }
-
-    // Calls f(rows, first) for tiles of kTileOfRows rows, then for the rows that are left.
-    template <class F>
-    static inline void for_rows(int64_t count, const F& f) {
-        int64_t i = 0;
-        for (; i + kTileOfRows <= count; i += kTileOfRows) f(std::integral_constant<int, kTileOfRows>{}, i);
-        for (; i < count; ++i) f(std::integral_constant<int, 1>{}, i);
     }
 
     // sums[i][t] += row i of W times token t, of all tokens, from `col` on: a chain.
@@ -302,11 +279,85 @@ void gemv(const LinearParams& params, int threads) {
         ends[i] = num_units += (params.targets[i].rows + kUnitRows - 1) / kUnitRows;
         bytes += static_cast<int64_t>(params.targets[i].rows) * params.cols * 2;
     }
-    for_each(num_units, bytes, threads, [&](int64_t unit) {
+    for_each(num_units, bytes, threads, [&](int64_t unit, int) {
         int i = 0;
         while (unit >= ends[i]) ++i;
         const int64_t first = (unit - (i == 0 ? 0 : ends[i - 1])) * kUnitRows;
         gemv.run(i, first, std::min<int64_t>(kUnitRows, params.targets[i].rows - first));
+    });
+}
+
+// ---------------------------------------------------------------------- many tokens
+
+// A token's adapters by ascending id, gates of equal ids added: whatever order its slots have, the bits are the same. Returns how many.
+int slots_of(Slot (&slots)[kMaxSlots], const LinearParams& params, const LinearTarget& target, int token) {
+    int count = 0;
+    for (int j = 0; j < params.num_slots; ++j) {
+        const Slot slot = slot_of(params, target, token, j);
+        if (slot.gate == 0) continue;
+        int i = count;
+        while (i > 0 && slots[i - 1].id > slot.id) --i;
+        if (i > 0 && slots[i - 1].id == slot.id) {
+            slots[i - 1].gate += slot.gate;
+            continue;
+        }
+        std::copy_backward(slots + i, slots + count, slots + count + 1);
+        slots[i] = slot;
+        ++count;
+    }
+    return count;
+}
+
+// y [out] of one token += B z of the adapters that it takes.
+template <class Fmt>
+void expand(typename Fmt::Bits* y, const LinearTarget& target, const Taken<typename Fmt::Bits>* taken, int num_taken) {
+    float out[kUnitRows], more[kUnitRows + kBlock];
+    for (int64_t first = 0; first < target.rows; first += kUnitRows) {
+        const int64_t count = std::min<int64_t>(kUnitRows, target.rows - first);
+        widen_padded<Fmt>(more, y + first, count);
+        VFloat sums[kUnitRows] = {};
+        add_taken<Fmt>(sums, target, taken, num_taken, first, count);
+        sums_of(out, sums, count);
+        for (int64_t i = 0; i < count; ++i) out[i] += more[i];
+        narrow_some<Fmt>(y + first, out, count);
+    }
+}
+
+// y += sum of gate scaling B (A x), a token at a time; those with the same first adapter one after another, while it is in the cache.
+template <class Fmt>
+void add(const LinearParams& params, int threads) {
+    using Bits = typename Fmt::Bits;
+    constexpr int64_t kUnitTokens = 4;
+    const LinearTarget& target = params.targets[0];
+    const int64_t pitch = pad(params.cols), z_pitch = pad(target.rank), num_floats = pitch + kMaxSlots * z_pitch;
+    const Floats memory(threads * num_floats);
+    std::vector<std::pair<int, int>> order;  // (first adapter, token)
+    order.reserve(params.tokens);
+    Slot slots[kMaxSlots];
+    for (int t = 0; t < params.tokens; ++t) {
+        if (slots_of(slots, params, target, t) > 0) order.emplace_back(slots[0].id, t);
+    }
+    std::sort(order.begin(), order.end());
+    const int64_t num_tokens = static_cast<int64_t>(order.size()), bytes = 2LL * num_tokens * target.rank * (params.cols + target.rows);
+    for_each((num_tokens + kUnitTokens - 1) / kUnitTokens, bytes, threads, [&](int64_t unit, int worker) {
+        float* x = memory.get() + worker * num_floats;
+        for (int64_t i = unit * kUnitTokens; i < std::min(num_tokens, (unit + 1) * kUnitTokens); ++i) {
+            const int token = order[i].second;
+            Slot own[kMaxSlots];
+            Taken<Bits> taken[kMaxSlots];
+            int num_taken = 0;
+            widen_padded<Fmt>(x, static_cast<const Bits*>(params.x) + token * params.x_stride, params.cols);
+            for (int j = 0, count = slots_of(own, params, target, token); j < count; ++j) {
+                const float scale = target.scaling != nullptr ? own[j].gate * target.scaling[own[j].id] : own[j].gate;
+                if (scale == 0) continue;
+                float* z = x + pitch + num_taken * z_pitch;
+                const Bits* a = static_cast<const Bits*>(target.a) + own[j].id * target.a_adapter_stride;
+                shrink<Fmt>(z, a, target.a_row_stride, x, params.cols, target.rank);
+                for (int64_t r = 0; r < z_pitch; ++r) z[r] = r < target.rank ? scale * z[r] : 0.0f;
+                taken[num_taken++] = {static_cast<const Bits*>(target.b) + own[j].id * target.b_adapter_stride, z};
+            }
+            if (num_taken > 0) expand<Fmt>(static_cast<Bits*>(target.y) + token * target.y_stride, target, taken, num_taken);
+        }
     });
 }
 
@@ -323,6 +374,9 @@ extern const LinearKernels FUSEDMERGE_LINEAR = {
     },
     [](const LinearParams& params, Dtype dtype, int threads) {
         with_16_bit_format(dtype, [&](auto format) { gemv<decltype(format)>(params, threads); });
+    },
+    [](const LinearParams& params, Dtype dtype, int threads) {
+        with_16_bit_format(dtype, [&](auto format) { add<decltype(format)>(params, threads); });
     },
     [](const RouteParams& params, Dtype dtype, int tokens, int threads) {
         with_16_bit_format(dtype, [&](auto format) { route<decltype(format)>(params, tokens, threads); });

@@ -9,11 +9,13 @@ order: a call may be captured in a CUDA graph.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fusedmerge.backend import linear_params as lp
 from fusedmerge.backend.compiler import Kernel
+from fusedmerge.backend.cuda import load_extension
 from fusedmerge.backend.kernels import Launcher, launcher
 from fusedmerge.backend.linear_group import (
     KNOWN,
@@ -26,18 +28,19 @@ from fusedmerge.backend.linear_group import (
     Silu,
     Target,
     check_count,
+    describe,
     dtype_names,
     flags_of,
     router_flags,
 )
-from fusedmerge.backend.linear_params import RouteParams
+from fusedmerge.backend.linear_params import LinearParams, RouteParams
 from fusedmerge.backend.params import MAX_SLOTS
 from fusedmerge.errors import InvalidValueError
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["KNOWN", "Applied", "Group", "Known", "Norm", "Router", "Silu", "Target", "decode_group", "decode_linear", "route"]
+__all__ = ["KNOWN", "Applied", "Group", "Known", "Norm", "Router", "Silu", "Target", "add_on_cpu", "decode_group", "decode_linear", "route"]
 
 _MAX_ROUTED = 4096  # N of the router alone: its logits are in 48 KB of shared memory
 
@@ -110,3 +113,21 @@ def decode_group(
         raise InvalidValueError("lora_linear", "routing", ONE_CHOICE, "different known ids")
     group = Group(targets, [KNOWN if isinstance(given, Known) else given for given in each])
     return group.run(launcher(backend, x.device), x, known, source, [target.residual for target in targets])
+
+
+def add_on_cpu(y: torch.Tensor, x: torch.Tensor, target: Target, ids: torch.Tensor, gates: torch.Tensor, isa: str = "") -> None:
+    """What `sgmv.add_adapters` does on a GPU, by the extension: y [T, out] += each token's adapters, rounded once, for any T.
+
+    ids int32 [T, k], gates float32 [T, k], k up to 32; `target` without its weight; isa: "": the best. Raises InvalidValueError.
+    """
+    import torch
+
+    params = LinearParams(tokens=x.shape[0], cols=x.shape[1], num_targets=1, num_routings=1, num_slots=ids.shape[1])
+    check_count("ids", "slots of a token", ids.shape[1], MAX_SLOTS)
+    params.num_adapters, params.ids, params.gates = 0 if target.a is None else target.a.shape[0], ids.data_ptr(), gates.data_ptr()
+    params.x, params.x_stride = x.data_ptr(), x.stride(0)
+    described = params.targets[0]
+    describe(described, target, with_adapters=True)
+    described.y, described.y_stride = y.data_ptr(), y.stride(0)
+    torch.autograd.graph.increment_version(y)
+    load_extension().linear_cpu(f"add_{dtype_names(str(x.dtype))[0]}", 1, ctypes.addressof(params), torch.get_num_threads(), isa)

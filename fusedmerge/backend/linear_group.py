@@ -27,6 +27,7 @@ __all__ = [
     "Silu",
     "Target",
     "check_count",
+    "describe",
     "dtype_names",
     "flags_of",
     "router_flags",
@@ -53,7 +54,7 @@ class Target:
     @property
     def rank(self) -> int:
         """r; 0 where there is no adapter."""
-        return 0 if self.a is None or not len(self.a) else self.a.shape[1]
+        return 0 if self.a is None or not self.a.shape[0] else self.a.shape[1]
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Router:
     @property
     def kind(self) -> tuple[int, int, bool, str]:
         """(N, k, normalize, dtype): routers that agree in these may share a launch."""
-        return len(self.weight), self.k, self.normalize, str(self.weight.dtype)
+        return self.weight.shape[0], self.k, self.normalize, str(self.weight.dtype)
 
 
 @dataclass(frozen=True)
@@ -120,19 +121,19 @@ class Group:
         params = self._template = LinearParams(cols=cols, num_targets=len(targets), num_splits=-(-cols // lp.SPLIT_COLS))
         for i, router in enumerate(self._routers):
             params.routers[i], params.router_strides[i] = router.weight.data_ptr(), router.weight.stride(0)
-            params.num_adapters, params.num_slots, params.normalize = len(router.weight), router.k, router.normalize
+            params.num_adapters, params.num_slots, params.normalize = router.weight.shape[0], router.k, router.normalize
         params.num_routings = len(self._routers) or int(KNOWN in routing)
         if self._routers:
             params.flags = router_flags(targets[0].weight, *(router.weight for router in self._routers))
         for target, given, described in zip(targets, routing, params.targets, strict=False):
-            _describe(described, target, with_adapters=given is not None)
+            describe(described, target, with_adapters=given is not None)
             described.first_tile, described.first_rank_tile = params.num_tiles, params.num_rank_tiles
             params.num_tiles += -(-described.rows // lp.TILE_ROWS)
             params.num_rank_tiles += -(-described.rank // lp.MMA_ROWS)
             if isinstance(given, Router):
                 described.routing = next(i for i, router in enumerate(self._routers) if router is given)
             if given is not None and target.a is not None:
-                params.num_adapters = len(target.a)
+                params.num_adapters = target.a.shape[0]
         self._pitches = [described.z_pitch for described in params.targets[: len(targets)]]
 
     def run(
@@ -145,11 +146,11 @@ class Group:
     ) -> Applied:
         """x [T, in] -> y [T, out] of each target. residuals: [T, out] of each, or none. Raises InvalidValueError for T > 16, and k > 32."""
         params = LinearParams.from_buffer_copy(self._template)
-        check_count("x", "tokens", len(x), lp.MAX_TOKENS)
-        params.tokens = len(x)
+        params.tokens = x.shape[0]
+        check_count("x", "tokens", params.tokens, lp.MAX_TOKENS)
         prepared, total = _set_source(params, x, source)
         taken, work = self._set_routing(params, x, known)
-        ys = [x.new_empty(len(x), described.rows) for described in params.targets[: params.num_targets]]
+        ys = [x.new_empty(params.tokens, described.rows) for described in params.targets[: params.num_targets]]
         at = work.data_ptr()
         for described, y, pitch in zip(params.targets, ys, self._pitches, strict=False):
             described.y, described.y_stride, described.z = y.data_ptr(), y.stride(0), at
@@ -157,7 +158,7 @@ class Group:
         for described, residual in zip(params.targets, residuals, strict=False):
             if residual is not None:
                 described.residual, described.residual_stride = residual.data_ptr(), residual.stride(0)
-        if len(x):
+        if params.tokens:
             _launch(where, x, params)
         pairs = zip(self._routing, params.targets, strict=False)
         return Applied(ys, prepared, [None if given is None else taken[described.routing] for given, described in pairs], total)
@@ -168,10 +169,10 @@ class Group:
 
         taken, num_logits = [], 0
         if self._routers:
-            shape = (len(self._routers), len(x), params.num_slots)
+            shape = (len(self._routers), params.tokens, params.num_slots)
             ids, gates = x.new_empty(shape, dtype=torch.int32), x.new_empty(shape, dtype=torch.float32)
-            taken = [Known(*each) for each in zip(ids, gates, strict=True)]
-            num_logits = len(self._routers) * len(x) * params.num_adapters
+            taken = [Known(ids[i], gates[i]) for i in range(len(self._routers))]
+            num_logits = len(self._routers) * params.tokens * params.num_adapters
         elif known is not None and params.num_routings:
             ids, gates = known.ids.contiguous(), known.gates.contiguous()
             check_count("ids", "slots of a token", ids.shape[1], MAX_SLOTS)
@@ -195,7 +196,7 @@ def _set_source(params: LinearParams, x: torch.Tensor, source: Norm | Silu | Non
     params.input, params.input_stride = x.data_ptr(), x.stride(0)
     flags, prepared, total = flags_of((x, lp.INPUT_ALIGNED)), x, None
     if source is not None:
-        prepared = x.new_empty(len(x), -(-x.shape[1] // 8) * 8)[:, : x.shape[1]]
+        prepared = x.new_empty(params.tokens, -(-x.shape[1] // 8) * 8)[:, : x.shape[1]]
         params.source, second = (lp.SILU, source.up) if isinstance(source, Silu) else (lp.NORM, source.second)
         if second is not None:
             params.second, params.second_stride = second.data_ptr(), second.stride(0)
@@ -252,15 +253,16 @@ def _check(targets: Sequence[Target], routing: Sequence[Router | Literal["known"
         got = [*sorted(kinds), *[KNOWN + " ids"] * (KNOWN in routing)]
         raise InvalidValueError("lora_linear", "routing", ONE_CHOICE, got)
     check_count("ids", "slots of a token", sum(router.k for router in routers), MAX_SLOTS)
-    counts = [len(router.weight) for router in routers[:1]]
-    counts += [len(target.a) for target, given in zip(targets, routing, strict=True) if target.a is not None and given is not None]
+    counts = [router.weight.shape[0] for router in routers[:1]]
+    counts += [target.a.shape[0] for target, given in zip(targets, routing, strict=True) if target.a is not None and given is not None]
     if len(set(counts)) > 1:
         raise InvalidValueError("lora_linear", "targets", f"{counts[0]} adapters each", counts[1:])
 
 
-def _describe(described: LinearTarget, target: Target, with_adapters: bool) -> None:
+def describe(described: LinearTarget, target: Target, with_adapters: bool) -> None:
+    """What does not change from run to run: all but y, z and the residual."""
     described.weight, described.weight_stride = target.weight.data_ptr(), target.weight.stride(0)
-    described.rows = len(target.weight)
+    described.rows = target.weight.shape[0]
     described.bias, described.scaling = (None if tensor is None else tensor.data_ptr() for tensor in (target.bias, target.scaling))
     described.flags = flags_of((target.weight, lp.WEIGHT_ALIGNED))
     if with_adapters and target.rank and target.a is not None and target.b is not None:

@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 
 from fusedmerge import backend
 from fusedmerge.backend.cpu import exact_products
-from fusedmerge.backend.linear import decode_linear
+from fusedmerge.backend.linear import Target, add_on_cpu, decode_linear
 from fusedmerge.backend.linear import route as kernel_route
 from fusedmerge.backend.params import MAX_SLOTS
 from fusedmerge.backend.sgmv import MAX_ADAPTERS, Groups, add_adapters, group_tokens
@@ -60,7 +60,7 @@ def _kernel(name: str) -> Callable[[Kernel], Kernel]:
 
 def implementation(operation: str, num_adapters: int, k: int, *tensors: torch.Tensor) -> str:
     """What runs an operation on these tensors: "sim", "jit" or "aot" (the CUDA kernels: one 16-bit dtype, limited N and k), "native" (their
-    twins on the CPU, for up to 16 tokens of a linear), or "torch".
+    twins on the CPU), or "torch".
 
     Raises BackendError for a backend that FUSEDMERGE_BACKEND names and that cannot be used here.
     """
@@ -102,8 +102,6 @@ def _lora_linear(*given: Any) -> torch.Tensor:
     if x.device.type == "cpu":
         check_values(operands.ids, operands.gates, len(a))
     name = implementation("lora_linear", len(a), ids.shape[1], x, weight, a)
-    if name == "native" and len(x) > DECODE_TOKENS:
-        name = "torch"
     if 0 in (*flat.x.shape, *a.shape, *b.shape, ids.shape[1]):
         y = linear(x, weight, bias)
     elif name != "torch":
@@ -115,7 +113,8 @@ def _lora_linear(*given: Any) -> torch.Tensor:
 
 
 def _by_kernels(name: str, operands: Operands) -> torch.Tensor:
-    """Up to 16 tokens: the fused kernel, which reads W once. Above: a library GEMM, and segmented products (SGMV) for the adapters."""
+    """Up to 16 tokens: the fused kernel, which reads W once. Above: a library GEMM, and segmented products (SGMV) for the adapters, or, on
+    the CPU, each token's own."""
     x, weight, a, b = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in operands[:4])
     ids, gates = operands.ids.to(torch.int32).contiguous(), operands.gates.to(torch.float32).contiguous()
     scaling = None if operands.scaling is None else operands.scaling.to(torch.float32).contiguous()
@@ -123,6 +122,9 @@ def _by_kernels(name: str, operands: Operands) -> torch.Tensor:
     if len(x) <= DECODE_TOKENS:
         return decode_linear(name, x, weight, a, b, ids, gates, scaling, bias)
     y = linear(x, weight, bias)
+    if name == "native":
+        add_on_cpu(y, x, Target(weight, a, b, scaling), ids, gates)
+        return y
     add_adapters(name, y, x, a, b, ids, gates, scaling, _kept_groups(name, operands, ids, gates))
     return y
 
