@@ -99,7 +99,8 @@ def test_every_method_decodes(report):
             assert row["median_ms"] > 0
             assert 0 < row["mean_error"] < 2 * backbone["mean_error"]
             assert row["restored_bitwise"]
-            assert row["launches"] >= backbone["launches"]
+            in_groups = (engine, row["strategy"]) == ("decoder", "fused") and row["method"] != "mixlora"  # norms, SiLU and sums included
+            assert row["launches"] < backbone["launches"] if in_groups else row["launches"] >= backbone["launches"]
     copied = report["model"]["adapted"] * 2  # bytes of the pristine copy
     merged, fused = rows["decoder", "lora_switch", "merged"], rows["decoder", "lora_switch", "fused"]
     assert merged["peak_bytes"] > fused["peak_bytes"] + copied / 2
