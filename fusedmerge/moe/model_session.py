@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fusedmerge.backend.kernels import Launcher, launcher
+from fusedmerge.backend.linear import KNOWN, Group, Known, Target
+from fusedmerge.backend.linear_params import MAX_TOKENS
+from fusedmerge.backend.params import MAX_SLOTS
 from fusedmerge.errors import InvalidTypeError, StateError
 from fusedmerge.moe.experts import ExpertLinear
 from fusedmerge.moe.layers import MoELinear
@@ -18,6 +22,7 @@ from fusedmerge.moe.routing import TableRouter
 from fusedmerge.moe.strategies import MERGED, add_unfused, merge_simple, one_route
 from fusedmerge.moe.structure import find
 from fusedmerge.ops import group_once, lora_linear
+from fusedmerge.ops.library import implementation
 from fusedmerge.shared import shared
 from fusedmerge.switcher import Switcher
 from fusedmerge.weights import check_writable, collect
@@ -41,6 +46,7 @@ class ModelSession:
         self._check()
         self._accepted = inspect.signature(model.forward).parameters
         self._switcher: Switcher | None = None
+        self._fused = _Fused()
         self._base: dict[MoELinear, Tensor] = {}
         self._cache: Any = None
         self._mask = torch.empty(0)
@@ -97,7 +103,7 @@ class ModelSession:
             with self.structure.suspended():
                 yield
         else:
-            with _applied_by(self.factors, _unfused if strategy == "unfused" else _fused):
+            with _applied_by(self.factors, _unfused if strategy == "unfused" else self._fused):
                 yield
 
     @contextmanager
@@ -182,9 +188,36 @@ def _factors(part: MoELinear) -> ExpertLinear:
 Applied = Callable[[MoELinear, ExpertLinear, "Tensor", "Tensor", "Tensor"], "Tensor"]
 
 
-def _fused(part: MoELinear, experts: ExpertLinear, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
-    layer = part.base_layer
-    return lora_linear(x, layer.weight, experts.a, experts.b, ids, gates, experts.scaling, layer.bias)
+class _Fused:
+    """`lora_linear` for one session: its kernels take few tokens without the operator in between, from a group that is described once."""
+
+    def __init__(self) -> None:
+        self._groups: dict[MoELinear, tuple[Launcher, Group] | None] = {}
+
+    def __call__(self, part: MoELinear, experts: ExpertLinear, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
+        layer, k = part.base_layer, ids.shape[-1]
+        if part not in self._groups:
+            self._groups[part] = self._prepare(layer, experts)
+        prepared = self._groups[part]
+        if prepared is None or x.numel() > MAX_TOKENS * x.shape[-1] or k > MAX_SLOTS or x.dtype != layer.weight.dtype:
+            return lora_linear(x, layer.weight, experts.a, experts.b, ids, gates, experts.scaling, layer.bias)
+        where, group = prepared
+        known = Known(ids.reshape(-1, k).to(torch.int32), gates.reshape(-1, k).float())
+        y = group.run(where, x.reshape(-1, x.shape[-1]).contiguous(), known).ys[0]
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def _prepare(layer: torch.nn.Linear, experts: ExpertLinear) -> tuple[Launcher, Group] | None:
+        weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
+        name = implementation(_OP, len(experts.a), 1, weight, experts.a)
+        if (
+            name == "torch"
+            or torch.is_autocast_enabled(weight.device.type)
+            or not all(t.is_contiguous() for t in (weight, experts.a, experts.b))
+        ):
+            return None
+        scaling = experts.scaling.float().contiguous()
+        return launcher(name, weight.device), Group([Target(weight, experts.a, experts.b, scaling, bias)], [KNOWN])
 
 
 def _unfused(part: MoELinear, experts: ExpertLinear, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
