@@ -1,35 +1,19 @@
 // Prologue, GEMV and router on the CPU; compiled once per instruction set, with FUSEDMERGE_LINEAR naming the entry points.
-#include <atomic>
-#include <type_traits>
 #include <vector>
 
+#include "linear_add.h"
 #include "linear_choose.h"
 #include "linear_cpu.h"
-#include "linear_dot.h"
-#include "threads.h"
+#include "linear_parts.h"
 
 namespace fusedmerge {
 namespace {
 
-constexpr int kTileOfRows = 4;
-constexpr int kUnitRows = 16;              // of W, or of A: what a thread takes at a time
-constexpr int64_t kThreadBytes = 1 << 17;  // of a matrix: less is not worth waking a thread
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kMostTokens = 4;  // beside two rows; 32 registers
 #else
 constexpr int kMostTokens = 2;
 #endif
-
-// Calls f(i, worker) for every i < count, on up to `threads` threads; `bytes` are read in all.
-template <class F>
-void for_each(int64_t count, int64_t bytes, int threads, const F& f) {
-    const int64_t useful = std::min<int64_t>(count, 1 + bytes / kThreadBytes);
-    std::atomic<int64_t> next{0};
-    run_on_threads(static_cast<int>(std::min<int64_t>(threads, useful)), [&](int worker) {
-        const DefaultFloatEnvironment environment;
-        for (int64_t i = next++; i < count; i = next++) f(i, worker);
-    });
-}
 
 // ---------------------------------------------------------------------- router
 
@@ -73,40 +57,8 @@ void make_x(float* x, float* second, const float* norm, const LinearParams& para
     narrow_some<Fmt>(static_cast<Bits*>(const_cast<void*>(params.x)) + token * params.x_stride, x, cols);
 }
 
-// A slot that a token uses: an id in [0, N), a gate that is not 0.
-struct Slot {
-    int id;
-    float gate;
-};
-
-Slot slot_of(const LinearParams& params, const LinearTarget& target, int token, int j) {
-    const int64_t place = (static_cast<int64_t>(target.routing) * params.tokens + token) * params.num_slots + j;
-    const int id = params.ids[place];
-    const bool exists = id >= 0 && id < params.num_adapters && target.rank > 0;
-    return {id, exists ? params.gates[place] : 0.0f};
-}
-
 float* z_of(const LinearParams& params, const LinearTarget& target, int token, int j) {
     return target.z + (static_cast<int64_t>(token) * params.num_slots + j) * target.z_pitch;
-}
-
-// Calls f(rows, first) for tiles of kTileOfRows rows, then for the rows that are left.
-template <class F>
-inline void for_rows(int64_t count, const F& f) {
-    int64_t i = 0;
-    for (; i + kTileOfRows <= count; i += kTileOfRows) f(std::integral_constant<int, kTileOfRows>{}, i);
-    for (; i < count; ++i) f(std::integral_constant<int, 1>{}, i);
-}
-
-// z[i] = row i of A times x, i < count.
-template <class Fmt>
-void shrink(float* z, const typename Fmt::Bits* a, int64_t stride, const float* x, int64_t cols, int64_t count) {
-    for (int64_t first = 0; first < count; first += kUnitRows) {
-        VFloat sums[kUnitRows] = {};
-        const int64_t rows_left = std::min<int64_t>(kUnitRows, count - first);
-        for_rows(rows_left, [&](auto rows, int64_t i) { add_rows<Fmt, rows>(sums + i, a + (first + i) * stride, stride, x, cols); });
-        sums_of(z + first, sums, rows_left);
-    }
 }
 
 template <class Fmt>
@@ -157,25 +109,6 @@ void prologue(const LinearParams& params, int threads) {
 }
 
 // ---------------------------------------------------------------------- GEMV
-
-// B of an adapter that a token takes, and gate scaling z.
-template <class Bits>
-struct Taken {
-    const Bits* b;
-    const float* z;  // [pad(r)]
-};
-
-// sums[i] += row first + i of B z, of all adapters that a token takes.
-template <class Fmt>
-inline void add_taken(VFloat* sums, const LinearTarget& target, const Taken<typename Fmt::Bits>* taken, size_t num_taken, int64_t first,
-                      int64_t count) {
-    const int64_t stride = target.b_row_stride;
-    for (size_t j = 0; j < num_taken; ++j) {
-        for_rows(count, [&](auto rows, int64_t i) {
-            add_rows<Fmt, rows>(sums + i, taken[j].b + (first + i) * stride, stride, taken[j].z, target.rank);
-        });
-    }
-}
 
 template <class Fmt>
 class Gemv {
@@ -284,80 +217,6 @@ void gemv(const LinearParams& params, int threads) {
         while (unit >= ends[i]) ++i;
         const int64_t first = (unit - (i == 0 ? 0 : ends[i - 1])) * kUnitRows;
         gemv.run(i, first, std::min<int64_t>(kUnitRows, params.targets[i].rows - first));
-    });
-}
-
-// ---------------------------------------------------------------------- many tokens
-
-// A token's adapters by ascending id, gates of equal ids added: whatever order its slots have, the bits are the same. Returns how many.
-int slots_of(Slot (&slots)[kMaxSlots], const LinearParams& params, const LinearTarget& target, int token) {
-    int count = 0;
-    for (int j = 0; j < params.num_slots; ++j) {
-        const Slot slot = slot_of(params, target, token, j);
-        if (slot.gate == 0) continue;
-        int i = count;
-        while (i > 0 && slots[i - 1].id > slot.id) --i;
-        if (i > 0 && slots[i - 1].id == slot.id) {
-            slots[i - 1].gate += slot.gate;
-            continue;
-        }
-        std::copy_backward(slots + i, slots + count, slots + count + 1);
-        slots[i] = slot;
-        ++count;
-    }
-    return count;
-}
-
-// y [out] of one token += B z of the adapters that it takes.
-template <class Fmt>
-void expand(typename Fmt::Bits* y, const LinearTarget& target, const Taken<typename Fmt::Bits>* taken, int num_taken) {
-    float out[kUnitRows], more[kUnitRows + kBlock];
-    for (int64_t first = 0; first < target.rows; first += kUnitRows) {
-        const int64_t count = std::min<int64_t>(kUnitRows, target.rows - first);
-        widen_padded<Fmt>(more, y + first, count);
-        VFloat sums[kUnitRows] = {};
-        add_taken<Fmt>(sums, target, taken, num_taken, first, count);
-        sums_of(out, sums, count);
-        for (int64_t i = 0; i < count; ++i) out[i] += more[i];
-        narrow_some<Fmt>(y + first, out, count);
-    }
-}
-
-// y += sum of gate scaling B (A x), a token at a time; those with the same first adapter one after another, while it is in the cache.
-template <class Fmt>
-void add(const LinearParams& params, int threads) {
-    using Bits = typename Fmt::Bits;
-    constexpr int64_t kUnitTokens = 4;
-    const LinearTarget& target = params.targets[0];
-    const int64_t pitch = pad(params.cols), z_pitch = pad(target.rank), num_floats = pitch + kMaxSlots * z_pitch;
-    const Floats memory(threads * num_floats);
-    std::vector<std::pair<int, int>> order;  // (first adapter, token)
-    order.reserve(params.tokens);
-    Slot slots[kMaxSlots];
-    for (int t = 0; t < params.tokens; ++t) {
-        if (slots_of(slots, params, target, t) > 0) order.emplace_back(slots[0].id, t);
-    }
-    std::sort(order.begin(), order.end());
-    const int64_t num_tokens = static_cast<int64_t>(order.size()), bytes = 2LL * num_tokens * target.rank * (params.cols + target.rows);
-    for_each((num_tokens + kUnitTokens - 1) / kUnitTokens, bytes, threads, [&](int64_t unit, int worker) {
-        float* x = memory.get() + worker * num_floats;
-        for (int64_t i = unit * kUnitTokens; i < std::min(num_tokens, (unit + 1) * kUnitTokens); ++i) {
-            const int token = order[i].second;
-            Slot own[kMaxSlots];
-            Taken<Bits> taken[kMaxSlots];
-            int num_taken = 0;
-            widen_padded<Fmt>(x, static_cast<const Bits*>(params.x) + token * params.x_stride, params.cols);
-            for (int j = 0, count = slots_of(own, params, target, token); j < count; ++j) {
-                const float scale = target.scaling != nullptr ? own[j].gate * target.scaling[own[j].id] : own[j].gate;
-                if (scale == 0) continue;
-                float* z = x + pitch + num_taken * z_pitch;
-                const Bits* a = static_cast<const Bits*>(target.a) + own[j].id * target.a_adapter_stride;
-                shrink<Fmt>(z, a, target.a_row_stride, x, params.cols, target.rank);
-                for (int64_t r = 0; r < z_pitch; ++r) z[r] = r < target.rank ? scale * z[r] : 0.0f;
-                taken[num_taken++] = {static_cast<const Bits*>(target.b) + own[j].id * target.b_adapter_stride, z};
-            }
-            if (num_taken > 0) expand<Fmt>(static_cast<Bits*>(target.y) + token * target.y_stride, target, taken, num_taken);
-        }
     });
 }
 
