@@ -20,9 +20,9 @@ constexpr int kMostTokens = 2;
 template <class Fmt>
 void route(const RouteParams& params, int tokens, int threads) {
     const int64_t pitch = pad(params.cols), num_floats = pitch + params.num_adapters;
-    const Floats memory(tokens * num_floats);
-    for_each(tokens, 2LL * tokens * params.num_adapters * params.cols, threads, [&](int64_t t, int) {
-        float* x = memory.get() + t * num_floats;
+    const Floats memory(threads * num_floats);
+    for_each(tokens, 2LL * tokens * params.num_adapters * params.cols, threads, [&](int64_t t, int worker) {
+        float* x = memory.get() + worker * num_floats;
         float* logits = x + pitch;
         const bool is_real = params.mask == nullptr || params.mask[t] != 0;
         widen_padded<Fmt>(x, static_cast<const typename Fmt::Bits*>(params.x) + t * params.x_stride, params.cols);

@@ -98,6 +98,14 @@ def test_ids_where_there_is_no_adapter():
         fm.lora_linear(*operands._replace(ids=torch.zeros_like(operands.ids)))
 
 
+def test_gradients_where_there_is_no_adapter():
+    operands = ops_kit.make(num_adapters=0, popularity="none")
+    given = operands._replace(x=operands.x.clone().requires_grad_(), scaling=operands.scaling.clone().requires_grad_())
+    fm.lora_linear(*given).float().sum().backward()
+    assert given.scaling.grad.shape == (0,)
+    assert torch.allclose(given.x.grad, operands.weight.sum(dim=0).expand_as(operands.x), atol=0.05, rtol=0.02)
+
+
 def test_the_place_of_a_wrong_id_has_every_batch_dimension():
     operands = GOOD._replace(x=GOOD.x[None], ids=GOOD.ids[None].clone(), gates=GOOD.gates[None])
     operands.ids[0, 2, 1] = 7

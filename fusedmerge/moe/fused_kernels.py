@@ -27,7 +27,8 @@ from fusedmerge.moe.experts import ExpertLinear, ExpertSet, Routes
 from fusedmerge.moe.routing import Router, TableRouter
 from fusedmerge.moe.unmerged import Fused
 from fusedmerge.ops import route_topk
-from fusedmerge.ops.library import implementation
+from fusedmerge.ops.arguments import check_values
+from fusedmerge.ops.library import implementation, readable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,12 +50,9 @@ def kernels_for(decoder: Decoder) -> str | None:
     experts = decoder.experts
     if experts is None:
         return None
-    matrices = [decoder.weights[name] for names in decoder.names for name in names.values()]
     factors = [factor for expert in experts.linears.values() for factor in (expert.a, expert.b)]
-    if any(tensor.stride(-1) != 1 for tensor in (*matrices, *factors) if tensor.numel()):
+    if not readable(*decoder.weights.values(), *factors):
         return None
-    if any(type(tensor) not in (torch.Tensor, torch.nn.Parameter) for tensor in (*matrices, *factors)):
-        return None  # of a subclass (fake, quantised, distributed) a kernel cannot ask the address
     most = max((len(expert.a) for expert in experts.linears.values()), default=0)
     slots = max((_num_slots(experts, expert.router, len(expert.a)) for expert in experts.linears.values()), default=0)
     name = implementation("Decoder", most, slots, decoder.head_weight)
@@ -176,6 +174,12 @@ class FusedKernels(Fused):
         if expert is None:
             return Target(weights[name], bias=weights.get(bias_name(name)))
         return Target(weights[name], expert.a, expert.b, expert.scaling.float().contiguous(), weights.get(bias_name(name)))
+
+    def _ask(self, name: str | None, x: Tensor) -> tuple[Tensor, Tensor]:
+        ids, gates = super()._ask(name, x)
+        if name is not None and x.device.type == "cpu":
+            check_values(ids, gates, next(len(linear.a) for linear in self.experts.linears.values() if linear.router == name))
+        return ids, gates
 
     def start(self, tokens: Tensor, cache: Cache) -> None:
         super().start(tokens, cache)

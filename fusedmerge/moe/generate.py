@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
@@ -17,6 +18,7 @@ from fusedmerge.moe.decoder import Decoder, check_tokens
 from fusedmerge.moe.model_session import ModelSession
 from fusedmerge.moe.session import DecoderSession
 from fusedmerge.moe.strategies import STRATEGIES
+from fusedmerge.moe.structure import find
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,14 +71,27 @@ def generate(
     tokens = input_ids.long()
     if max_new_tokens == 0:
         return tokens.clone()
-    with _turn(model), torch.no_grad(), _open(model, strategy, tokens, max_new_tokens) as session:
-        return torch.cat([tokens, _continue(session, tokens, padding, max_new_tokens, ends, temperature, generator)], dim=1)
+
+    def run() -> Tensor:
+        with _turn(model), torch.no_grad(), _open(model, strategy, tokens, max_new_tokens) as session:
+            return torch.cat([tokens, _continue(session, tokens, padding, max_new_tokens, ends, temperature, generator)], dim=1)
+
+    return _outside_graphs(run)
 
 
 def _turn(model: torch.nn.Module | Decoder) -> threading.RLock:
     """Held for a generation, which acts on the whole model: its weights, its linears, its mode."""
+    found = None if isinstance(model, Decoder) else find(model)
     with _TURNS_LOCK:
-        return _TURNS.setdefault(model, threading.RLock())
+        return _TURNS.setdefault(model if found is None else found.model, threading.RLock())  # the one inside torch.compile's and DDP's
+
+
+def _outside_graphs(run: Callable[[], Tensor]) -> Tensor:
+    """`run()` as it was written, also where a compiled function calls."""
+    if "torch._dynamo" not in sys.modules:  # then nothing is compiled, and the import takes seconds
+        return run()
+    result: Tensor = torch.compiler.disable(run)()
+    return result
 
 
 def _continue(

@@ -22,7 +22,8 @@ from fusedmerge.moe.routing import TableRouter
 from fusedmerge.moe.strategies import MERGED, add_unfused, merge_simple, one_route
 from fusedmerge.moe.structure import find
 from fusedmerge.ops import group_once, lora_linear
-from fusedmerge.ops.library import implementation
+from fusedmerge.ops.arguments import check_values
+from fusedmerge.ops.library import implementation, readable
 from fusedmerge.shared import shared
 from fusedmerge.switcher import Switcher
 from fusedmerge.weights import check_writable, collect
@@ -199,8 +200,11 @@ class _Fused:
         if part not in self._groups:
             self._groups[part] = self._prepare(layer, experts)
         prepared = self._groups[part]
-        if prepared is None or x.numel() > MAX_TOKENS * x.shape[-1] or k > MAX_SLOTS or x.dtype != layer.weight.dtype:
+        fits = x.dtype == layer.weight.dtype and x.shape == (*ids.shape[:-1], layer.weight.shape[1]) and gates.shape == ids.shape
+        if prepared is None or not fits or x.numel() > MAX_TOKENS * x.shape[-1] or k > MAX_SLOTS or type(x) is not torch.Tensor:
             return lora_linear(x, layer.weight, experts.a, experts.b, ids, gates, experts.scaling, layer.bias)
+        if x.device.type == "cpu":
+            check_values(ids, gates, len(experts.a))
         where, group = prepared
         known = Known(ids.reshape(-1, k).to(torch.int32), gates.reshape(-1, k).float())
         y = group.run(where, x.reshape(-1, x.shape[-1]).contiguous(), known).ys[0]
@@ -209,12 +213,8 @@ class _Fused:
     @staticmethod
     def _prepare(layer: torch.nn.Linear, experts: ExpertLinear) -> tuple[Launcher, Group] | None:
         weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
-        name = implementation(_OP, len(experts.a), 1, weight, experts.a)
-        if (
-            name == "torch"
-            or torch.is_autocast_enabled(weight.device.type)
-            or not all(t.is_contiguous() for t in (weight, experts.a, experts.b))
-        ):
+        name = implementation(_OP, len(experts.a), 1, weight, experts.a, *([] if bias is None else [bias]))
+        if name == "torch" or torch.is_autocast_enabled(weight.device.type) or not readable(weight, experts.a, experts.b, bias):
             return None
         scaling = experts.scaling.float().contiguous()
         return launcher(name, weight.device), Group([Target(weight, experts.a, experts.b, scaling, bias)], [KNOWN])

@@ -28,7 +28,7 @@ from fusedmerge.ops import torch_linear, torch_route
 from fusedmerge.ops.arguments import Operands, check_linear, check_route, check_values, wide_dtype
 from fusedmerge.ops.torch_linear import DECODE_TOKENS
 
-__all__ = ["group_once", "implementation"]
+__all__ = ["group_once", "implementation", "readable"]
 
 logger = logging.getLogger(__name__)
 _library = torch.library.Library("fusedmerge", "DEF")
@@ -73,6 +73,13 @@ def implementation(operation: str, num_adapters: int, k: int, *tensors: torch.Te
     if name != "cpu":
         return name
     return "native" if x.device.type == "cpu" and backend.extension() else "torch"
+
+
+def readable(*tensors: torch.Tensor | None) -> bool:
+    """Whether a kernel can read all of these at their addresses: contiguous in the last dimension, and of no subclass (fake, quantised,
+    distributed), whose address says nothing."""
+    plain = (torch.Tensor, torch.nn.Parameter)
+    return all(t is None or (type(t) in plain and (t.numel() == 0 or t.stride(-1) == 1)) for t in tensors)
 
 
 @functools.cache

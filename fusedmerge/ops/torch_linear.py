@@ -181,7 +181,7 @@ def _chosen(ids: torch.Tensor, num_adapters: int) -> torch.Tensor:
 def _scales(operands: Operands, chosen: torch.Tensor) -> torch.Tensor:
     """scaling of each (token, slot) pair, [T, k]."""
     wide = wide_dtype(operands.x)
-    if operands.scaling is None:
+    if operands.scaling is None or not len(operands.scaling):
         return torch.ones(chosen.shape, dtype=wide, device=chosen.device)
     return operands.scaling.to(wide)[chosen.clamp_min(0)]
 
@@ -207,6 +207,7 @@ def _in_operands_dtypes(
     dscaling = None
     if needs[4] and scaling is not None:
         products = torch.where(chosen >= 0, dots * gates.to(dots.dtype), 0.0).reshape(-1)
-        dscaling = dots.new_zeros(len(a)).scatter_add(0, chosen.clamp_min(0).reshape(-1), products).to(scaling.dtype)
+        sums = dots.new_zeros(len(a) + 1).scatter_add(0, chosen.reshape(-1) + 1, products)  # the first: of no adapter
+        dscaling = sums[1:].to(scaling.dtype)
     dx, da, db = (None if d is None else d.to(operand.dtype) for d, operand in ((dx, x), (da, a), (db, b)))
     return Gradients(dx, da, db, dgates, dscaling)
