@@ -208,6 +208,6 @@ def _in_operands_dtypes(
     if needs[4] and scaling is not None:
         products = torch.where(chosen >= 0, dots * gates.to(dots.dtype), 0.0).reshape(-1)
         sums = dots.new_zeros(len(a) + 1).scatter_add(0, chosen.reshape(-1) + 1, products)  # the first: of no adapter
-        dscaling = sums[1:].to(scaling.dtype)
+        dscaling = sums[1:].to(scaling.dtype, copy=True)  # of its own memory, as the fake kernel says
     dx, da, db = (None if d is None else d.to(operand.dtype) for d, operand in ((dx, x), (da, a), (db, b)))
     return Gradients(dx, da, db, dgates, dscaling)
