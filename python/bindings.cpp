@@ -110,12 +110,14 @@ void merge(const Table<int64_t, 2>& segments, const Table<int64_t, 2>& experts, 
 // The kernels of fused application by the names that the CUDA ones have: prologue_bf16_8, gemv_fp16_16, route_bf16, ...
 void linear(const std::string& name, int grid, int64_t params, int threads, const std::string& isa) {
     const LinearKernels& kernels = variant_of("linear_cpu", isa).linear;
+    const auto is = [&](const char* kind) { return name.rfind(kind, 0) == 0; };
+    if (!is("route_") && !is("prologue_") && !is("gemv_") && !is("add_")) fail("linear_cpu: name", "a kernel's", name);
     const Dtype dtype = name.find("bf16") != std::string::npos ? Dtype::kBFloat16 : Dtype::kFloat16;
     const nb::gil_scoped_release release;
-    if (name.rfind("route", 0) == 0) {
+    if (is("route_")) {
         kernels.route(*pointer<const RouteParams>(params), dtype, grid, threads);
     } else {
-        const auto run = name.rfind("gemv", 0) == 0 ? kernels.gemv : name.rfind("add", 0) == 0 ? kernels.add : kernels.prologue;
+        const auto run = is("gemv_") ? kernels.gemv : is("add_") ? kernels.add : kernels.prologue;
         run(*pointer<const LinearParams>(params), dtype, threads);
     }
 }

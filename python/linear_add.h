@@ -31,15 +31,13 @@ int slots_of(Slot (&slots)[kMaxSlots], const LinearParams& params, const LinearT
 // y [out] of one token += B z of the adapters that it takes.
 template <class Fmt>
 void expand(typename Fmt::Bits* y, const LinearTarget& target, const Taken<typename Fmt::Bits>* taken, int num_taken) {
-    float out[kUnitRows], more[kUnitRows + kBlock];
+    float out[kUnitRows];
     for (int64_t first = 0; first < target.rows; first += kUnitRows) {
         const int64_t count = std::min<int64_t>(kUnitRows, target.rows - first);
-        widen_padded<Fmt>(more, y + first, count);
         VFloat sums[kUnitRows] = {};
         add_taken<Fmt>(sums, target, taken, num_taken, first, count);
         sums_of(out, sums, count);
-        for (int64_t i = 0; i < count; ++i) out[i] += more[i];
-        narrow_some<Fmt>(y + first, out, count);
+        add_row<Fmt>(y + first, y + first, out, count);
     }
 }
 
@@ -68,12 +66,12 @@ void add(const LinearParams& params, int threads) {
             int num_taken = 0;
             widen_padded<Fmt>(x, static_cast<const Bits*>(params.x) + token * params.x_stride, params.cols);
             for (int j = 0, count = slots_of(own, params, target, token); j < count; ++j) {
-                const float scale = target.scaling != nullptr ? own[j].gate * target.scaling[own[j].id] : own[j].gate;
+                const float scale = scale_of(target, own[j]);
                 if (scale == 0) continue;
                 float* z = x + pitch + num_taken * z_pitch;
                 const Bits* a = static_cast<const Bits*>(target.a) + own[j].id * target.a_adapter_stride;
                 shrink<Fmt>(z, a, target.a_row_stride, x, params.cols, target.rank);
-                for (int64_t r = 0; r < z_pitch; ++r) z[r] = r < target.rank ? scale * z[r] : 0.0f;
+                scale_ranks(z, z, target.rank, scale);
                 taken[num_taken++] = {static_cast<const Bits*>(target.b) + own[j].id * target.b_adapter_stride, z};
             }
             if (num_taken > 0) expand<Fmt>(static_cast<Bits*>(target.y) + token * target.y_stride, target, taken, num_taken);

@@ -52,9 +52,8 @@ inline VFloat widen_some(const typename Fmt::Bits* from, int64_t count) {
 // `to` up to the next multiple of kBlock: the values, then zeros.
 template <class Fmt>
 inline void widen_padded(float* to, const typename Fmt::Bits* from, int64_t count) {
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) store(to + i, Fmt::widen(from + i));
-    for (; i < pad(count); i += kLanes) store(to + i, i < count ? widen_some<Fmt>(from + i, count - i) : VFloat{});
+    widen_row<Fmt>(to, from, count, 1.0f);
+    std::fill(to + count, to + pad(count), 0.0f);
 }
 
 template <class Fmt>

@@ -101,10 +101,9 @@ void prologue(const LinearParams& params, int threads) {
         if (slot.gate == 0) return;
         const Bits* a = static_cast<const Bits*>(target.a) + slot.id * target.a_adapter_stride;
         float* z = z_of(params, target, token, j);
-        const int64_t row = unit % num_tiles * kUnitRows;
-        const int64_t stride = target.a_row_stride;
-        if (row < target.rank)
-            shrink<Fmt>(z + row, a + row * stride, stride, x + token * pitch, cols, std::min<int64_t>(kUnitRows, target.rank - row));
+        const int64_t stride = target.a_row_stride, row = unit % num_tiles * kUnitRows;
+        const int64_t count = std::min<int64_t>(kUnitRows, target.rank - row);  // none or fewer where other targets have more ranks
+        shrink<Fmt>(z + row, a + row * stride, stride, x + token * pitch, cols, count);
     });
 }
 
@@ -126,18 +125,19 @@ class Gemv {
             }
         }
         float* z = z_.get();
+        taken_.reserve(params.num_targets * params.tokens * params.num_slots);
         for (int i = 0; i < params.num_targets; ++i) {
             const LinearTarget& target = params.targets[i];
             for (int t = 0; t < params.tokens; ++t) {
                 for (int j = 0; j < params.num_slots; ++j) {
                     const Slot slot = slot_of(params, target, t, j);
-                    const float scale = slot.gate != 0 && target.scaling != nullptr ? slot.gate * target.scaling[slot.id] : slot.gate;
+                    const float scale = scale_of(target, slot);
                     if (scale == 0) continue;
-                    const float* from = z_of(params, target, t, j);
-                    for (int64_t r = 0; r < pad(target.rank); ++r) z[r] = r < target.rank ? scale * from[r] : 0.0f;
-                    taken_[i][t].push_back({static_cast<const Bits*>(target.b) + slot.id * target.b_adapter_stride, z});
+                    scale_ranks(z, z_of(params, target, t, j), target.rank, scale);
+                    taken_.push_back({static_cast<const Bits*>(target.b) + slot.id * target.b_adapter_stride, z});
                     z += pad(target.rank);
                 }
+                ends_[i][t] = taken_.size();
             }
         }
     }
@@ -149,6 +149,7 @@ class Gemv {
         for (int64_t i = 0; i < count; ++i) std::fill_n(sums[i], params_.tokens, VFloat{});
         float out[kUnitRows], more[kUnitRows + kBlock];
         const Bits* w = static_cast<const Bits*>(target.weight) + first * target.weight_stride;
+        size_t begin = target_idx == 0 ? 0 : ends_[target_idx - 1][params_.tokens - 1];
         for (int64_t col = 0; col < params_.cols; col += kChainCols) {
             for_rows(count,
                      [&](auto rows, int64_t i) { add_tokens<rows>(sums[i], w + i * target.weight_stride, target.weight_stride, col); });
@@ -156,11 +157,12 @@ class Gemv {
         for (int t = 0; t < params_.tokens; ++t) {
             VFloat own[kUnitRows];
             for (int64_t i = 0; i < count; ++i) own[i] = sums[i][t];
-            add_taken<Fmt>(own, target, taken_[target_idx][t].data(), taken_[target_idx][t].size(), first, count);
+            add_taken<Fmt>(own, target, taken_.data() + begin, ends_[target_idx][t] - begin, first, count);
+            begin = ends_[target_idx][t];
             sums_of(out, own, count);
-            if (target.bias != nullptr) add_row(out, more, static_cast<const Bits*>(target.bias) + first, count);
+            if (target.bias != nullptr) add_more(out, more, static_cast<const Bits*>(target.bias) + first, count);
             if (target.residual != nullptr) {
-                add_row(out, more, static_cast<const Bits*>(target.residual) + t * target.residual_stride + first, count);
+                add_more(out, more, static_cast<const Bits*>(target.residual) + t * target.residual_stride + first, count);
             }
             narrow_some<Fmt>(static_cast<Bits*>(target.y) + t * target.y_stride + first, out, count);
         }
@@ -192,7 +194,7 @@ class Gemv {
         for (; t < params_.tokens; ++t) add_chain<Fmt, kRows, 1>(sums + t, kMaxTokens, w + col, stride, x + t * pitch_, pitch_, count);
     }
 
-    static void add_row(float* to, float* wide, const Bits* from, int64_t count) {
+    static void add_more(float* to, float* wide, const Bits* from, int64_t count) {
         widen_padded<Fmt>(wide, from, count);
         for (int64_t i = 0; i < count; ++i) to[i] += wide[i];
     }
@@ -201,7 +203,8 @@ class Gemv {
     const int64_t pitch_;  // between tokens: no power of two, or all would lie in the same sets of the cache
     const Array<Token> x_;
     const Floats z_;
-    std::vector<Taken<Bits>> taken_[kMaxTargets][kMaxTokens];
+    std::vector<Taken<Bits>> taken_;        // target by target, token by token
+    size_t ends_[kMaxTargets][kMaxTokens];  // of each token's, in `taken_`
 };
 
 template <class Fmt>

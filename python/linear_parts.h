@@ -39,6 +39,17 @@ Slot slot_of(const LinearParams& params, const LinearTarget& target, int token, 
     return {id, exists ? params.gates[place] : 0.0f};
 }
 
+// gate * scaling; 0: the slot adds nothing.
+inline float scale_of(const LinearTarget& target, const Slot& slot) {
+    return slot.gate != 0 && target.scaling != nullptr ? slot.gate * target.scaling[slot.id] : slot.gate;
+}
+
+// z = scale * from, r ranks, padded.
+inline void scale_ranks(float* z, const float* from, int64_t rank, float scale) {
+    for (int64_t r = 0; r < rank; ++r) z[r] = scale * from[r];
+    std::fill(z + rank, z + pad(rank), 0.0f);
+}
+
 // Calls f(rows, first) for tiles of kTileOfRows rows, then for the rows that are left.
 template <class F>
 inline void for_rows(int64_t count, const F& f) {

@@ -21,22 +21,6 @@ constexpr int kTileRows = 6;
 constexpr int kPanel = kVecs * kLanes;
 static_assert(kUnitRows % kTileRows == 0 && kUnitCols % kPanel == 0);
 
-// to[i] = scale * from[i], i < count, as float32.
-template <class Fmt>
-inline void widen_row(float* to, const typename Fmt::Bits* from, int64_t count, float scale) {
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) {
-        store(to + i, Fmt::widen(from + i) * scale);
-    }
-    if (i < count) {
-        typename Fmt::Bits tail[kLanes] = {};
-        float wide[kLanes];
-        std::memcpy(tail, from + i, (count - i) * sizeof(*tail));
-        store(wide, Fmt::widen(tail) * scale);
-        std::memcpy(to + i, wide, (count - i) * sizeof(float));
-    }
-}
-
 // The unit's columns of one expert's A, from row `k` of the packed [panels, depth, kPanel] on.
 template <class Fmt>
 inline void pack_a(float* packed, int64_t depth, int64_t k, const Unit& unit, const Expert& e) {

@@ -122,6 +122,22 @@ inline void with_format(Dtype dtype, const F& f) {
     }
 }
 
+// to[i] = scale * from[i], i < count, as float32.
+template <class Fmt>
+inline void widen_row(float* to, const typename Fmt::Bits* from, int64_t count, float scale) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+        store(to + i, Fmt::widen(from + i) * scale);
+    }
+    if (i < count) {
+        typename Fmt::Bits tail[kLanes] = {};
+        float wide[kLanes];
+        std::memcpy(tail, from + i, (count - i) * sizeof(*tail));
+        store(wide, Fmt::widen(tail) * scale);
+        std::memcpy(to + i, wide, (count - i) * sizeof(float));
+    }
+}
+
 // live[i] = round(source[i] + delta[i]), i < count. The tail runs the same instructions on a copy, so that no bit depends on where a row
 // was cut.
 template <class Fmt>

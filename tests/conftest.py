@@ -45,6 +45,15 @@ def use_host(name, request, monkeypatch):
         request.addfinalizer(lambda: library.fm_sim_use_ptx(None, 0))
 
 
+@pytest.fixture(params=ON_HOST)
+def on_host(request, monkeypatch):
+    """The simulator, or its machine for PTX; torch.empty gives NaN and the largest ints."""
+    use_host(request.param, request, monkeypatch)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(scope="session")
 def kernels_ptx():
     import build

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import fusedmerge as fm
+from fusedmerge import _ext
 from fusedmerge.backend import linear
 from fusedmerge.backend.kernels import NativeLauncher
 from fusedmerge.backend.linear import Target
@@ -85,7 +86,17 @@ def test_the_flushing_of_subnormals_that_a_process_asks_for_changes_nothing():
     kit.check(torch.from_numpy(found[0]).view(torch.float16), problem.x, target, problem.known)
 
 
-def test_an_unknown_isa_is_refused(problem):
+@pytest.mark.parametrize("isa", kit.ISAS)
+def test_subnormal_weights_count_but_where_pairs_are_multiplied(isa):
+    """There they are 0 (docs/fused.md)."""
+    x, weight = torch.full((1, 64), 2.0**20).bfloat16(), torch.full((3, 64), 2.0**-130).bfloat16()
+    y = linear.decode_group(NativeLauncher(isa), x, [Target(weight)]).ys[0]
+    assert (y == (0.0 if isa == "avx512bf16" else 64 * 2.0**-110)).all()
+
+
+def test_what_is_unknown_is_refused(problem):
+    with pytest.raises(ValueError, match=r"linear_cpu: name: expected a kernel's, got sgmv_sum_bf16"):
+        _ext.linear_cpu("sgmv_sum_bf16", 1, 0, 1)
     with pytest.raises(ValueError, match=r"linear_cpu: isa: expected one of isas\(\), got sse9"):
         run(problem, 1, "sse9")
 
@@ -135,7 +146,9 @@ def test_a_token_s_bits_depend_on_its_mixture_alone(rng):
     batch.ids[4] = -1
     expected = kit.bits(add(batch))
     order = torch.randperm(4)
-    assert (kit.bits(add(batch, ids=batch.ids[:, order].contiguous(), gates=batch.gates[:, order].contiguous())) == expected).mean() > 0.999
+    turned = kit.bits(add(batch, ids=batch.ids[:, order].contiguous(), gates=batch.gates[:, order].contiguous()))
+    few = torch.tensor([max(row.count(e) for e in row) < 3 for row in batch.ids.tolist()])  # the sum of three gates knows an order
+    assert few[3] and few.sum() > 60 and (turned[few] == expected[few]).all()
     assert (expected[4] == kit.bits(batch.y[4])).all()
     few = replace(batch, y=batch.y[30:50], x=batch.x[30:50], ids=batch.ids[30:50], gates=batch.gates[30:50])
     assert (kit.bits(add(few)) == expected[30:50]).all()
@@ -150,14 +163,8 @@ def test_a_token_s_bits_depend_on_its_mixture_alone(rng):
 
 @pytest.mark.parametrize("off", ["gates", "scaling"])
 def test_a_gate_or_scaling_of_zero_is_no_adapter(rng, off):
-    batch = mixtures.make_batch(rng, 20, 70, 50, 20, adapters=3)
-    without = add(batch, ids=torch.where(batch.ids == 2, -1, batch.ids))
-    batch.a[2], batch.b[2] = torch.nan, torch.nan
-    if off == "gates":
-        batch.gates[batch.ids == 2] = 0.0
-    else:
-        batch.scaling[2] = 0.0
-    assert torch.equal(add(batch), without)
+    spoilt, without = mixtures.switched_off(mixtures.make_batch(rng, 20, 70, 50, 20, adapters=3), off)
+    assert torch.equal(add(spoilt), add(without))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

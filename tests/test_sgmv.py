@@ -49,14 +49,8 @@ def test_one_call_for_one_matrix(name, rng):
 @pytest.mark.parametrize("off", ["gates", "scaling"])
 def test_a_gate_or_scaling_of_zero_is_no_adapter(name, rng, off):
     """Whatever the factors hold."""
-    batch = make_batch(rng, 20, 70, 50, 20, adapters=3)
-    without = replace(batch, ids=torch.where(batch.ids == 2, -1, batch.ids))
-    batch.a[2], batch.b[2] = torch.nan, torch.nan
-    if off == "gates":
-        batch.gates[batch.ids == 2] = 0.0
-    else:
-        batch.scaling[2] = 0.0
-    assert torch.equal(batch.run(name), without.run(name))
+    spoilt, without = mixtures.switched_off(make_batch(rng, 20, 70, 50, 20, adapters=3), off)
+    assert torch.equal(spoilt.run(name), without.run(name))
 
 
 def test_kernels_are_named_as_the_library_names_them(rng, monkeypatch, sim_library):

@@ -11,16 +11,8 @@ import torch
 from mixtures import POPULARITIES, Device, choose_ids, make_batch
 
 from fusedmerge.backend import sgmv
-from tests.conftest import ON_HOST, use_host
 
-
-@pytest.fixture(autouse=True, params=ON_HOST)
-def on_host(request, monkeypatch):
-    """torch.empty gives NaN and the largest ints."""
-    use_host(request.param, request, monkeypatch)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("on_host")
 
 
 @pytest.mark.parametrize("order", [0, 1, 2])

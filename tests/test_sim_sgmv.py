@@ -12,19 +12,12 @@ from mixtures import POPULARITIES, Device, check, make_batch, strided
 
 from fusedmerge.backend import sgmv
 from tests import kit
-from tests.conftest import ON_HOST, use_host
 
 DTYPES = (torch.bfloat16, torch.float16)
 RANKS = (1, 4, 7, 16, 33, 64, 128)
 
 
-@pytest.fixture(autouse=True, params=ON_HOST)
-def on_host(request, monkeypatch):
-    """torch.empty gives NaN and the largest ints."""
-    use_host(request.param, request, monkeypatch)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("on_host")
 
 
 def bits(tensor):

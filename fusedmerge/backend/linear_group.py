@@ -114,9 +114,8 @@ class Group:
     """
 
     def __init__(self, targets: Sequence[Target], routing: Sequence[Router | Literal["known"] | None]) -> None:
-        _check(targets, routing)
-        self._targets, self._routing = list(targets), list(routing)
-        self._routers = list({id(given): given for given in routing if isinstance(given, Router)}.values())
+        self._routers = _check(targets, routing)
+        self._targets, self._routing = list(targets), list(routing)  # the template points to the targets' memory
         cols = targets[0].weight.shape[1]
         params = self._template = LinearParams(cols=cols, num_targets=len(targets), num_splits=-(-cols // lp.SPLIT_COLS))
         for i, router in enumerate(self._routers):
@@ -144,17 +143,20 @@ class Group:
         source: Norm | Silu | None = None,
         residuals: Sequence[torch.Tensor | None] = (),
     ) -> Applied:
-        """x [T, in] -> y [T, out] of each target. residuals: [T, out] of each, or none. Raises InvalidValueError for T > 16, and k > 32."""
+        """x [T, in] -> y [T, out] of each target. known: where a routing is KNOWN; residuals: [T, out] of each, or none.
+
+        Raises InvalidValueError for T > 16, and k > 32.
+        """
         params = LinearParams.from_buffer_copy(self._template)
         params.tokens = x.shape[0]
         check_count("x", "tokens", params.tokens, lp.MAX_TOKENS)
         prepared, total = _set_source(params, x, source)
-        taken, work = self._set_routing(params, x, known)
+        taken, num_places, work = self._set_routing(params, x, known)
         ys = [x.new_empty(params.tokens, described.rows) for described in params.targets[: params.num_targets]]
         at = work.data_ptr()
         for described, y, pitch in zip(params.targets, ys, self._pitches, strict=False):
             described.y, described.y_stride, described.z = y.data_ptr(), y.stride(0), at
-            at += 4 * self._places(params) * pitch
+            at += 4 * num_places * pitch
         for described, residual in zip(params.targets, residuals, strict=False):
             if residual is not None:
                 described.residual, described.residual_stride = residual.data_ptr(), residual.stride(0)
@@ -163,8 +165,8 @@ class Group:
         pairs = zip(self._routing, params.targets, strict=False)
         return Applied(ys, prepared, [None if given is None else taken[described.routing] for given, described in pairs], total)
 
-    def _set_routing(self, params: LinearParams, x: torch.Tensor, known: Known | None) -> tuple[list[Known], torch.Tensor]:
-        """(What each routing's tokens take, workspace: z of all targets, and logits.)"""
+    def _set_routing(self, params: LinearParams, x: torch.Tensor, known: Known | None) -> tuple[list[Known], int, torch.Tensor]:
+        """(What each routing's tokens take, the places of z's ranks in a target, workspace: z of all targets, and logits.)"""
         import torch
 
         taken, num_logits = [], 0
@@ -173,22 +175,20 @@ class Group:
             ids, gates = x.new_empty(shape, dtype=torch.int32), x.new_empty(shape, dtype=torch.float32)
             taken = [Known(ids[i], gates[i]) for i in range(len(self._routers))]
             num_logits = len(self._routers) * params.tokens * params.num_adapters
-        elif known is not None and params.num_routings:
+        elif params.num_routings:
+            assert known is not None
             ids, gates = known.ids.contiguous(), known.gates.contiguous()
             check_count("ids", "slots of a token", ids.shape[1], MAX_SLOTS)
             params.num_slots = ids.shape[1]
             taken = [Known(ids, gates)]
         if taken:
             params.ids, params.gates = ids.data_ptr(), gates.data_ptr()
-        num_z = self._places(params) * sum(self._pitches)
+        num_places = params.num_splits * params.tokens * (params.num_adapters if self._routers else params.num_slots)
+        num_z = num_places * sum(self._pitches)
         work = x.new_empty(num_z + num_logits, dtype=torch.float32)
         if self._routers:
             params.logits = work.data_ptr() + 4 * num_z
-        return taken, work
-
-    def _places(self, params: LinearParams) -> int:
-        """Of z's ranks, in a target."""
-        return params.num_splits * params.tokens * (params.num_adapters if self._routers else params.num_slots)
+        return taken, num_places, work
 
 
 def _set_source(params: LinearParams, x: torch.Tensor, source: Norm | Silu | None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -243,7 +243,8 @@ def _kernels(dtype: str, tiles: int) -> tuple[Kernel, Kernel]:
     return prologue, gemv
 
 
-def _check(targets: Sequence[Target], routing: Sequence[Router | Literal["known"] | None]) -> None:
+def _check(targets: Sequence[Target], routing: Sequence[Router | Literal["known"] | None]) -> list[Router]:
+    """The routers, each object once, in their order."""
     check_count("targets", "matrices", len(targets), lp.MAX_TARGETS)
     if len(routing) != len(targets):
         raise InvalidValueError("lora_linear", "routing", f"one for each of {len(targets)} targets", len(routing))
@@ -257,6 +258,7 @@ def _check(targets: Sequence[Target], routing: Sequence[Router | Literal["known"
     counts += [target.a.shape[0] for target, given in zip(targets, routing, strict=True) if target.a is not None and given is not None]
     if len(set(counts)) > 1:
         raise InvalidValueError("lora_linear", "targets", f"{counts[0]} adapters each", counts[1:])
+    return routers
 
 
 def describe(described: LinearTarget, target: Target, with_adapters: bool) -> None:

@@ -166,6 +166,9 @@ class FusedKernels(Fused):
         super().__init__(decoder)
         self._launcher = launcher(backend, decoder.device)
         self._targets = {name: self._target(name) for names in decoder.names for name in names.values()}
+        self._num_experts: dict[str | None, int] = {}  # by router: that all of its linears have
+        for expert in self.experts.linears.values():
+            self._num_experts[expert.router] = min(len(expert.a), self._num_experts.get(expert.router, len(expert.a)))
         self._prepared: dict[tuple[tuple[str, ...], tuple[bool, ...]], list[_Group]] = {}
         self._grouped = False
 
@@ -178,7 +181,7 @@ class FusedKernels(Fused):
     def _ask(self, name: str | None, x: Tensor) -> tuple[Tensor, Tensor]:
         ids, gates = super()._ask(name, x)
         if name is not None and x.device.type == "cpu":
-            check_values(ids, gates, next(len(linear.a) for linear in self.experts.linears.values() if linear.router == name))
+            check_values(ids, gates, self._num_experts[name])
         return ids, gates
 
     def start(self, tokens: Tensor, cache: Cache) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -19,6 +19,7 @@ from fusedmerge.moe.model_session import ModelSession
 from fusedmerge.moe.session import DecoderSession
 from fusedmerge.moe.strategies import STRATEGIES
 from fusedmerge.moe.structure import find
+from fusedmerge.shared import shared
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,7 +77,7 @@ def generate(
         with _turn(model), torch.no_grad(), _open(model, strategy, tokens, max_new_tokens) as session:
             return torch.cat([tokens, _continue(session, tokens, padding, max_new_tokens, ends, temperature, generator)], dim=1)
 
-    return _outside_graphs(run)
+    return _as_written(run)
 
 
 def _turn(model: torch.nn.Module | Decoder) -> threading.RLock:
@@ -86,12 +87,25 @@ def _turn(model: torch.nn.Module | Decoder) -> threading.RLock:
         return _TURNS.setdefault(model if found is None else found.model, threading.RLock())  # the one inside torch.compile's and DDP's
 
 
-def _outside_graphs(run: Callable[[], Tensor]) -> Tensor:
-    """`run()` as it was written, also where a compiled function calls."""
+def _as_written(run: Callable[[], Tensor]) -> Tensor:
+    """`run()`, inside which compiled models run as they were written: a graph knows nothing of hooks that came after it, which merge. The
+    caller may be a compiled function."""
     if "torch._dynamo" not in sys.modules:  # then nothing is compiled, and the import takes seconds
         return run()
-    result: Tensor = torch.compiler.disable(run)()
+
+    def eager() -> Tensor:
+        with _force_eager():
+            return run()
+
+    result: Tensor = torch.compiler.disable(eager)()
     return result
+
+
+@shared
+@contextmanager
+def _force_eager() -> Iterator[None]:
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def _continue(

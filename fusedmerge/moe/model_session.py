@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -24,7 +23,6 @@ from fusedmerge.moe.structure import find
 from fusedmerge.ops import group_once, lora_linear
 from fusedmerge.ops.arguments import check_values
 from fusedmerge.ops.library import implementation, readable
-from fusedmerge.shared import shared
 from fusedmerge.switcher import Switcher
 from fusedmerge.weights import check_writable, collect
 
@@ -146,14 +144,11 @@ class ModelSession:
     # ------------------------------------------------------------------ life
 
     def __enter__(self) -> ModelSession:
-        self._compiled = ExitStack()
-        self._compiled.enter_context(_uncompiled())
         self._training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._compiled.close()
         for module in self._training:
             module.training = True
         self._restore()
@@ -165,17 +160,6 @@ class ModelSession:
             part.base_layer.weight.detach().copy_(base)
         if self._switcher is not None:
             self._switcher.restore()
-
-
-@shared
-@contextmanager
-def _uncompiled() -> Iterator[None]:
-    """Inside, compiled models run as they were written: a graph knows nothing of hooks that came after it, which merge."""
-    if "torch._dynamo" not in sys.modules:  # else nothing is compiled, and its import takes seconds
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
 
 
 def _factors(part: MoELinear) -> ExpertLinear:

@@ -31,7 +31,8 @@ def lora_linear(x: Array, weight: Any, a: Any, b: Any, ids: Any, gates: Any, sca
     gradient. Under autocast x, weight, a, b and bias are cast as `torch.nn.functional.linear` casts its own.
 
     Up to 16 tokens of a 16-bit dtype, on the CPU and in the CUDA kernels: |error| <= half an ulp + 2^-16 S, S = |W| |x| + |bias| +
-    sum |gate scaling| |B| |A| |x|. More tokens: W x + bias is rounded too, which adds half an ulp of it.
+    sum |gate scaling| |B| |A| |x|. More tokens: W x + bias is rounded too, which adds half an ulp of it. A processor with AVX512-BF16 takes
+    subnormal bfloat16 in W and x for 0.
 
     Raises InvalidTypeError, ShapeError, DtypeError, DeviceError, and BackendError where FUSEDMERGE_BACKEND names one that cannot be used.
     On the CPU also InvalidValueError, for an id outside [-1, N) or a gate that is not finite. On a GPU nothing waits for the device: an id

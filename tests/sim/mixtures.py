@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -32,6 +32,18 @@ def choose_ids(rng: np.random.Generator, popularity: str, tokens: int, slots: in
         share[adapters // 2] += 0.9 if popularity == "skewed" else 0
         ids = rng.choice(adapters, (tokens, slots), p=share / share.sum())
     return torch.from_numpy(ids.astype(np.int32))
+
+
+def switched_off(batch: Batch, how: str) -> tuple[Batch, Batch]:
+    """(The batch whose adapter 2 has NaN factors, and gates or a scaling of zero: `how`; the batch that does not name it.)"""
+    without = replace(batch, ids=torch.where(batch.ids == 2, -1, batch.ids))
+    spoilt = replace(batch, a=batch.a.clone(), b=batch.b.clone(), gates=batch.gates.clone(), scaling=batch.scaling.clone())
+    spoilt.a[2], spoilt.b[2] = torch.nan, torch.nan
+    if how == "gates":
+        spoilt.gates[batch.ids == 2] = 0.0
+    else:
+        spoilt.scaling[2] = 0.0
+    return spoilt, without
 
 
 def strided(values: torch.Tensor, gap: int = 0, shift: int = 0) -> torch.Tensor:

@@ -33,9 +33,8 @@ from perf.model import Cost
 from perf.occupancy import DEVICES
 from tests import linear_kit
 
-CLOCKS = (
-    MULTIPROCESSORS * 1.75e9
-)  # of an H200's multiprocessors in a second, under load (assumed): four instructions and one wavefront each
+# Of an H200's multiprocessors in a second, under load (assumed): four instructions and one wavefront each.
+CLOCKS = MULTIPROCESSORS * 1.75e9
 BANDWIDTH = DEVICES["H200"]
 ARCHITECTURE = "compute_90"
 
